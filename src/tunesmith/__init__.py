@@ -1,0 +1,1 @@
+"""Tunesmith: a fine-tuning service that a team runs on its own machines."""

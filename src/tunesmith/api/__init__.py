@@ -1,0 +1,1 @@
+"""The door: HTTP routes over the hub."""

@@ -1,0 +1,1 @@
+"""From ids to ids, text on top: the engine."""

@@ -1,0 +1,89 @@
+"""The only reader of the environment: TUNESMITH_<FIELD>, for each field below."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """All that an operator can set. Every field is read from TUNESMITH_<NAME>."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    workspace: Path = Field(default_factory=Path.cwd)
+    """Where requests may read and write; state lives in its `.tunesmith`."""
+    database_url: str = ""
+    """SQLAlchemy URL; empty means `.tunesmith/db.sqlite`."""
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    base_url: str = ""
+    """Where the command line finds a server; empty: the workspace's own, then 127.0.0.1:8000."""
+    api_key: str = ""
+    """What the command line sends."""
+    allowed_roots: tuple[Path, ...] = ()
+    """More folders that paths in requests may lie in; separated by `:`."""
+    cors_origins: tuple[str, ...] = ()
+    """Separated by commas; `null` for a page opened as a file."""
+    cpu_slots: int = Field(0, ge=0, le=4096)
+    """CPU jobs at once; 0: one a core."""
+    memory_reserve_bytes: int = Field(1 << 30, ge=0)
+    """Host memory that no job is given."""
+    max_json_bytes: int = Field(1 << 20, ge=1024)
+    max_chat_bytes: int = Field(16 << 20, ge=1024)
+    max_upload_bytes: int = Field(20 << 30, ge=1024)
+    max_queued_jobs: int = Field(10_000, ge=1)
+    """Unfinished jobs of one owner; more is 429."""
+    lease_seconds: float = Field(60, gt=0)
+    heartbeat_seconds: float = Field(5, gt=0)
+    reaper_seconds: float = Field(5, gt=0)
+    grace_seconds: float = Field(60, ge=0)
+    """From a stop request until the trainer's session is killed."""
+    stall_seconds: float = Field(1800, gt=0)
+    """Without a word from a trainer, before its stack is logged and it is killed."""
+    max_lapses: int = Field(3, ge=1)
+    """Lost leases without a new checkpoint, before a job fails."""
+    max_log_bytes: int = Field(64 << 20, ge=4096)
+    """Of one job's log: the beginning and the end are kept."""
+    engine_idle_seconds: float = Field(900, gt=0)
+    engine_start_seconds: float = Field(300, gt=0)
+    max_engines: int = Field(2, ge=1)
+    should_fork_trainers: bool = True
+    """Keep a process with torch imported to fork trainers and engines from."""
+    allow_remote_code: bool = False
+    log_level: str = "INFO"
+    server_log_bytes: int = Field(16 << 20, ge=4096)
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] | None = None, **over: Any) -> "Settings":
+        """From the environment, with arguments winning. Raises pydantic.ValidationError."""
+        source = os.environ if environment is None else environment
+        values: dict[str, Any] = {}
+        for name in cls.model_fields:
+            text = source.get(f"TUNESMITH_{name.upper()}")
+            if text:
+                values[name] = _split(name, text)
+        values.update({name: value for name, value in over.items() if value is not None})
+        return cls.model_validate(values)
+
+    @property
+    def home(self) -> Path:
+        return self.workspace.resolve() / ".tunesmith"
+
+    @property
+    def url(self) -> str:
+        return self.database_url or f"sqlite:///{self.home / 'db.sqlite'}"
+
+    @property
+    def slots(self) -> int:
+        return self.cpu_slots or os.cpu_count() or 1
+
+
+def _split(name: str, text: str) -> Any:
+    if name == "allowed_roots":
+        return tuple(Path(part) for part in text.split(os.pathsep) if part)
+    if name == "cors_origins":
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    return text

@@ -1,0 +1,43 @@
+"""What an inference request may ask for, and the pieces that come back."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints
+
+from tunesmith.spec.strict import Strict
+
+MAX_TEXT = 4_000_000
+"""Characters in one message or prompt."""
+
+
+class Message(Strict):
+    """One turn. `weight` 0 means context only: seen, not learnt."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str, StringConstraints(max_length=MAX_TEXT)] | None = None
+    name: str | None = Field(None, max_length=256)
+    tool_calls: tuple[dict[str, Any], ...] | None = Field(None, max_length=256)
+    tool_call_id: str | None = Field(None, max_length=256)
+    weight: Literal[0, 1] | None = None
+
+
+class Sampling(Strict):
+    max_tokens: int = Field(256, ge=1, le=1 << 20)
+    temperature: float = Field(1.0, ge=0, le=2)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, le=1 << 20)
+    """0 keeps all."""
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: tuple[Annotated[str, StringConstraints(min_length=1, max_length=1000)], ...] = Field(
+        (), max_length=16
+    )
+
+
+class Delta(Strict):
+    text: str = ""
+    token_id: int | None = None
+    finish: Literal["stop", "length", None] = None

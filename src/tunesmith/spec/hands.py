@@ -1,0 +1,130 @@
+"""What a worker and the API say to each other, over HTTP under /internal/v1.
+
+POST …/work                          WorkAsk      → WorkReply  a long poll, worker's token
+POST …/attempts/{job}/{fence}/report Report       → Orders     attempt's token
+POST …/attempts/{job}/{fence}/finish Outcome      → Orders     attempt's token
+POST …/engines/{id}                  EngineReport → 204        worker's token
+
+409 with code `fenced` on an attempt's route: another attempt owns the job. The worker kills its
+trainer and keeps its files.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from tunesmith.spec.pipe import Inputs, Plan
+from tunesmith.spec.records import CheckpointRow, StopMode
+from tunesmith.spec.strict import JobId, Strict
+from tunesmith.spec.train import TrainSpec
+
+MAX_EVENTS = 1000
+"""In one report."""
+
+
+class Capacity(Strict):
+    """What a worker could take now, and what it has at most."""
+
+    slots: int = Field(ge=0, le=4096)
+    """CPU jobs."""
+    gpus: tuple[int, ...] = ()
+    """Indexes that are free."""
+    memory_bytes: int = Field(ge=0)
+    max_slots: int = Field(ge=0, le=4096)
+    max_gpus: int = Field(0, ge=0, le=1024)
+    max_memory_bytes: int = Field(ge=0)
+
+
+class EngineStatus(Strict):
+    id: str = Field(max_length=64)
+    state: Literal["starting", "ready", "failed", "stopped"]
+    url: str | None = Field(None, max_length=200)
+    pid: int | None = None
+    error: str | None = Field(None, max_length=4000)
+
+
+class EngineReport(EngineStatus):
+    worker_id: str = Field(max_length=128)
+
+
+class HeldAttempt(Strict):
+    job_id: JobId
+    fence: int
+
+
+class WorkAsk(Strict):
+    worker_id: str = Field(min_length=1, max_length=128)
+    """One per workspace and host; the same after a restart of the worker."""
+    claim_id: str = Field(min_length=1, max_length=64)
+    """New for each claim; the same one, after a lost reply, brings the same attempt."""
+    capacity: Capacity
+    engines: tuple[EngineStatus, ...] = Field((), max_length=256)
+    held: tuple[HeldAttempt, ...] = Field((), max_length=4096)
+    wait_seconds: float = Field(20, ge=0, le=60)
+    host: dict[str, Any] = {}
+
+
+class Assignment(Strict):
+    """An attempt: all that a worker needs to run it."""
+
+    job_id: JobId
+    fence: int
+    token: str
+    spec: TrainSpec
+    inputs: Inputs
+    attempt_dir: str
+    log_path: str
+    plan: Plan | None
+    """None at the first claim: the trainer's choice comes back in `started` and is kept."""
+    threads: int
+    gpus: tuple[int, ...] = ()
+    checkpoints: tuple[CheckpointRow, ...] = ()
+    """Accepted ones, newest first; the worker takes the first that verifies."""
+    resume_from: str | None = None
+    """A checkpoint folder asked for by the user, used where no own checkpoint is there."""
+    lease_seconds: float
+    stall_seconds: float
+    first_event_n: int = 1
+
+
+class EngineOrder(Strict):
+    id: str
+    action: Literal["start", "stop"]
+    model_path: str = ""
+    model_name: str = ""
+    key: str = ""
+    log_path: str = ""
+    threads: int = 1
+    options: dict[str, Any] = {}
+
+
+class WorkReply(Strict):
+    attempt: Assignment | None = None
+    engines: tuple[EngineOrder, ...] = ()
+
+
+class NumberedEvent(Strict):
+    """`n` counts from 1 within an attempt, so that a batch sent twice is stored once."""
+
+    n: int = Field(ge=1)
+    event: dict[str, Any]
+    """A `TrainerEvent`, checked where it is stored."""
+
+
+class Report(Strict):
+    """A heartbeat, with what was said since the last one."""
+
+    worker_id: str = Field(max_length=128)
+    events: tuple[NumberedEvent, ...] = Field((), max_length=MAX_EVENTS)
+
+
+class Orders(Strict):
+    """The answer to a heartbeat."""
+
+    stop: StopMode | None = None
+    stop_in_seconds: float | None = None
+    """Until the whole process session is killed."""
+    should_checkpoint: bool = False
+    lease_seconds: float
+    accepted_n: int = 0
+    """The last event number that is stored."""

@@ -1,0 +1,134 @@
+"""What goes through a trainer's pipes: its task on stdin, its events on stdout, a line each.
+
+Signals: SIGTERM asks for a checkpoint and an end after the step under way, SIGUSR2 for a
+checkpoint, SIGUSR1 writes every thread's stack to the log.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tunesmith.errors import FailureClass
+from tunesmith.spec.strict import JobId, Sha256, Strict
+from tunesmith.spec.train import TrainSpec
+
+
+class Plan(Strict):
+    """What is fixed at a job's first claim, so that every attempt computes the same bits."""
+
+    threads: int = Field(ge=1, le=4096)
+    device: str = Field("cpu", max_length=40)
+    """`cpu`, or `cuda:0` as the trainer sees it."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    micro_batch_tokens: int = Field(4096, ge=1, le=1 << 26)
+    """The token budget of one forward and backward pass."""
+
+
+class Inputs(Strict):
+    """Resolved, absolute paths."""
+
+    model: str
+    dataset: str
+    eval_dataset: str | None = None
+
+
+class TrainerTask(Strict):
+    """All that a trainer is told: one JSON object on stdin, then end of file."""
+
+    job_id: JobId
+    fence: int = Field(ge=0)
+    spec: TrainSpec
+    inputs: Inputs
+    attempt_dir: str
+    """The only folder it writes to: `checkpoints/step-<n>/` and `artifact/`."""
+    resume_from: str | None = None
+    """A verified checkpoint folder, maybe of an earlier attempt."""
+    plan: Plan | None = None
+    """None at the first attempt by hand: the trainer chooses and says so in `started`."""
+
+
+class Started(Strict):
+    type: Literal["started"] = "started"
+    pid: int
+    plan: Plan
+    total_steps: int
+    """Optimizer steps of the whole job, an estimate while `is_total_exact` is false."""
+    is_total_exact: bool = True
+    start_step: int = 0
+    """Steps that the checkpoint resumed from had made."""
+    parameters: int
+    trainable_parameters: int
+    detail: dict[str, Any] = {}
+
+
+class Step(Strict):
+    type: Literal["step"] = "step"
+    step: int = Field(ge=0)
+    total_steps: int = Field(ge=0)
+    epoch: float
+    loss: float | None
+    """Null where it was not a finite number."""
+    learning_rate: float
+    grad_norm: float | None
+    """Before clipping."""
+    tokens: int
+    """Of this step, padding excluded."""
+    label_tokens: int
+    tokens_per_second: float
+    peak_memory_bytes: int
+    eta_seconds: float | None = None
+
+
+class Evaluated(Strict):
+    type: Literal["evaluated"] = "evaluated"
+    step: int
+    metrics: dict[str, float]
+
+
+class Checkpointed(Strict):
+    type: Literal["checkpointed"] = "checkpointed"
+    step: int
+    path: str
+    """Absolute; a folder with a manifest, complete when this is said."""
+    manifest_sha256: Sha256
+    size_bytes: int
+
+
+class Notice(Strict):
+    """A line worth reading: rows left out, a default chosen, a checkpoint refused."""
+
+    type: Literal["notice"] = "notice"
+    level: Literal["info", "warning", "error"] = "info"
+    code: str = Field(max_length=64)
+    message: str = Field(max_length=4000)
+    detail: dict[str, Any] = {}
+
+
+class Finished(Strict):
+    type: Literal["finished"] = "finished"
+    step: int
+    artifact: str
+    """Absolute; a folder with a manifest."""
+    manifest_sha256: Sha256
+    detail: dict[str, Any] = {}
+
+
+class Stopped(Strict):
+    """The answer to SIGTERM."""
+
+    type: Literal["stopped"] = "stopped"
+    step: int
+
+
+class Failed(Strict):
+    type: Literal["failed"] = "failed"
+    failure_class: FailureClass
+    message: str = Field(max_length=8000)
+    hint: str = Field("", max_length=2000)
+
+
+TrainerEvent = Annotated[
+    Started | Step | Evaluated | Checkpointed | Notice | Finished | Stopped | Failed,
+    Field(discriminator="type"),
+]

@@ -1,0 +1,1 @@
+"""The hands: claim, supervise, report."""
