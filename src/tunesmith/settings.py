@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 
 class Settings(BaseModel):
@@ -52,7 +52,22 @@ class Settings(BaseModel):
     max_engines: int = Field(2, ge=1)
     should_fork_trainers: bool = True
     """Keep a process with torch imported to fork trainers and engines from."""
-    allow_remote_code: bool = False
+    hub_cache: Path = Field(default_factory=lambda: _hub_cache(os.environ))
+    """Where models of the hub lie that this machine has downloaded before (HF_HUB_CACHE)."""
+    hub_endpoint: str = Field(
+        default_factory=lambda: os.environ.get("HF_ENDPOINT") or "https://huggingface.co",
+        pattern=r"^https?://[^\s?#]+$",
+        max_length=2048,
+        validate_default=True,
+    )
+    """The hub that is asked for models which nothing here has (HF_ENDPOINT)."""
+    should_ask_hub: bool = Field(default_factory=lambda: not _is_offline(os.environ))
+    """Off with HF_HUB_OFFLINE=1."""
+    hub_token: SecretStr = Field(default_factory=lambda: SecretStr(os.environ.get("HF_TOKEN", "")))
+    """For private and gated models (HF_TOKEN): every user of this server may then train on them."""
+    hub_download_tries: int = Field(6, ge=1, le=100)
+    visible_gpus: str | None = Field(default_factory=lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
+    """Indexes, separated by commas; None for all."""
     log_level: str = "INFO"
     server_log_bytes: int = Field(16 << 20, ge=4096)
 
@@ -79,6 +94,18 @@ class Settings(BaseModel):
     @property
     def slots(self) -> int:
         return self.cpu_slots or os.cpu_count() or 1
+
+
+def _hub_cache(environment: Mapping[str, str]) -> Path:
+    """As huggingface_hub finds it."""
+    home = environment.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
+    return Path(environment.get("HF_HUB_CACHE") or f"{home}/hub")
+
+
+def _is_offline(environment: Mapping[str, str]) -> bool:
+    """As huggingface_hub tells it."""
+    told = environment.get("HF_HUB_OFFLINE") or environment.get("TRANSFORMERS_OFFLINE") or ""
+    return told.upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def _split(name: str, text: str) -> Any:

@@ -119,6 +119,7 @@ def error_for(
     tree: list[type[TuningAPIError]] = [TuningAPIError]
     for leaf in tree:
         tree += leaf.__subclasses__()
+    tree = [leaf for leaf in tree if leaf not in (TuningAPIError, ConnectionError)]
     by_code = [leaf for leaf in tree if leaf.error_code == code and leaf.status_code == status]
     by_status = [leaf for leaf in tree if leaf.status_code == status]
     fallback = ServerError if status >= 500 else BadRequestError

@@ -6,6 +6,8 @@ from pydantic import Field, StringConstraints
 
 from tunesmith.spec.strict import Strict
 
+MODEL_HEADER = "x-model-name"
+"""Percent-encoded; what an engine of ours writes as `model` in its answer, where it is given."""
 MAX_TEXT = 4_000_000
 """Characters in one message or prompt."""
 

@@ -60,6 +60,9 @@ class WorkAsk(Strict):
     capacity: Capacity
     engines: tuple[EngineStatus, ...] = Field((), max_length=256)
     held: tuple[HeldAttempt, ...] = Field((), max_length=4096)
+    """Attempts that it runs. Those of an earlier boot that are not held are lost: queued again."""
+    boot_id: str = Field("", max_length=64)
+    """New at each start of the worker."""
     wait_seconds: float = Field(20, ge=0, le=60)
     host: dict[str, Any] = {}
 
@@ -101,6 +104,8 @@ class EngineOrder(Strict):
 class WorkReply(Strict):
     attempt: Assignment | None = None
     engines: tuple[EngineOrder, ...] = ()
+    nudges: tuple[HeldAttempt, ...] = ()
+    """Held attempts with new orders: send their heartbeat now."""
 
 
 class NumberedEvent(Strict):

@@ -77,6 +77,8 @@ class Step(Strict):
     label_tokens: int
     tokens_per_second: float
     peak_memory_bytes: int
+    cpu_seconds: float = 0.0
+    """Of this process, since it was started or forked."""
     eta_seconds: float | None = None
 
 

@@ -51,9 +51,9 @@ class Run(Strict):
     """How the training is carried out, whatever its method."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 where the device has units for it, else fp32."""
+    """auto: bf16 on a GPU that has units for it, else fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """auto: only for jobs long enough to earn the warm-up back."""
+    """auto: not; on a CPU it was measured to gain little (docs/performance.md)."""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """auto: only where memory does not suffice."""
     quantization: Literal["4bit", "8bit"] | None = None
