@@ -1,0 +1,269 @@
+"""A job from the worker's side, while it is held: claim, heartbeat, token."""
+
+import hashlib
+import hmac
+import secrets as random
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, and_, func, insert, or_, select, update
+from sqlalchemy.engine import Connection, RowMapping
+
+from tunesmith.errors import AuthenticationError
+from tunesmith.spec.hands import Capacity, Orders, WorkAsk
+from tunesmith.spec.records import CheckpointRow, Job, JobState, Needs, StopMode
+from tunesmith.store import events, reservations, rows
+from tunesmith.store.tables import HELD, attempts, jobs, now, secrets, workers
+
+FRESH_SECONDS = 15.0
+"""An idle worker's row is written again after so long."""
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """An attempt, as its worker is told of it."""
+
+    job: Job
+    fence: int
+    token: str
+    gpus: tuple[int, ...]
+    checkpoints: tuple[CheckpointRow, ...]
+    """Newest first."""
+    first_event_n: int
+
+
+def claim(tx: Connection, ask: WorkAsk, *, lease_seconds: float) -> Claimed | None:
+    """Give the worker the next job that fits it, with a fence of its own.
+
+    Next is the highest priority, then the oldest, among those that are validated and due. Asked
+    again with the same `claim_id`, the same attempt comes back, or None once it is over.
+    """
+    seen_worker(tx, ask)
+    replayed = _find_claim(tx, ask)
+    if replayed is not None:
+        return _repeat(tx, replayed)
+    free = reservations.room(tx, ask.worker_id, ask.capacity)
+    candidate = _next_fitting(tx, free)
+    if candidate is None:
+        return None
+    gpus = free.gpus[: candidate["needs_gpus"]]
+    row = rows.change(
+        tx,
+        candidate["id"],
+        and_(_is_claimable(), jobs.c.fence == candidate["fence"]),
+        [("claimed", {"worker_id": ask.worker_id, "gpus": list(gpus)})],
+        state=JobState.STARTING.value,
+        fence=jobs.c.fence + 1,
+        attempts=jobs.c.attempts + 1,
+        worker_id=ask.worker_id,
+        lease_until=now() + lease_seconds,
+        requeue_reason=None,
+        should_checkpoint=False,
+    )
+    return None if row is None else _open_attempt(tx, row, ask, gpus)
+
+
+def may_claim(tx: Connection, ask: WorkAsk) -> bool:
+    """Whether `claim` would bring something: a look without a lock, for an idle worker's poll.
+
+    Also true now and then, so that a claim writes down that the worker is there, and what it has.
+    """
+    if _find_claim(tx, ask) is not None or not _is_known(tx, ask):
+        return True
+    return _next_fitting(tx, reservations.room(tx, ask.worker_id, ask.capacity)) is not None
+
+
+def _is_claimable() -> ColumnElement[bool]:
+    return and_(
+        jobs.c.state == JobState.QUEUED.value,
+        jobs.c.is_validated.is_(True),
+        jobs.c.not_before <= now(),
+    )
+
+
+def _next_fitting(tx: Connection, free: reservations.Room) -> RowMapping | None:
+    on_gpus = and_(jobs.c.needs_gpus > 0, jobs.c.needs_gpus <= len(free.gpus))
+    on_cpu = and_(jobs.c.needs_gpus == 0, jobs.c.needs_memory_bytes <= free.memory_bytes)
+    fits = or_(on_gpus, on_cpu) if free.slots else on_gpus
+    if not free.slots and not free.gpus:
+        return None
+    query = (
+        select(jobs.c.id, jobs.c.fence, jobs.c.needs_gpus)
+        .where(_is_claimable(), fits)
+        .order_by(jobs.c.priority.desc(), jobs.c.number)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+    return tx.execute(query).mappings().first()
+
+
+def _open_attempt(tx: Connection, row: RowMapping, ask: WorkAsk, gpus: tuple[int, ...]) -> Claimed:
+    job = rows.to_job(row)
+    token = _token(tx, job.id, job.fence, ask.claim_id)
+    rows.close_attempts(tx, job.id)
+    tx.execute(
+        insert(attempts).values(claimed_at=now()),
+        {
+            "job_id": job.id,
+            "fence": job.fence,
+            "worker_id": ask.worker_id,
+            "claim_id": ask.claim_id,
+            "token_sha256": hashlib.sha256(token.encode()).hexdigest(),
+            "gpus": list(gpus),
+        },
+    )
+    reservations.reserve(tx, ask.worker_id, f"job:{job.id}", job.needs, gpus)
+    return Claimed(job, job.fence, token, gpus, tuple(events.checkpoints(tx, job.id)), 1)
+
+
+def _find_claim(tx: Connection, ask: WorkAsk) -> RowMapping | None:
+    query = select(attempts).where(
+        attempts.c.worker_id == ask.worker_id, attempts.c.claim_id == ask.claim_id
+    )
+    return tx.execute(query).mappings().first()
+
+
+def _repeat(tx: Connection, attempt: RowMapping) -> Claimed | None:
+    job = rows.to_job(rows.find(tx, attempt["job_id"]))
+    fence = attempt["fence"]
+    if job.fence != fence or job.state.value not in HELD:
+        return None
+    return Claimed(
+        job,
+        fence,
+        _token(tx, job.id, fence, attempt["claim_id"]),
+        tuple(attempt["gpus"]),
+        tuple(events.checkpoints(tx, job.id)),
+        attempt["last_n"] + 1,
+    )
+
+
+def _is_known(tx: Connection, ask: WorkAsk) -> bool:
+    """Whether the worker's row is fresh."""
+    query = select(workers.c.id).where(
+        workers.c.id == ask.worker_id, workers.c.seen_at > now() - FRESH_SECONDS
+    )
+    return tx.scalar(query) is not None
+
+
+def seen_worker(tx: Connection, ask: WorkAsk) -> None:
+    """Remember what the worker has, and that it asked just now."""
+    values = {"capacity": ask.capacity.model_dump(mode="json"), "host": ask.host}
+    known = update(workers).where(workers.c.id == ask.worker_id).values(**values, seen_at=now())
+    if not tx.execute(known).rowcount:
+        tx.execute(insert(workers).values(id=ask.worker_id, **values, seen_at=now()))
+
+
+def known_workers(tx: Connection, within_seconds: float = 120) -> dict[str, Capacity]:
+    """Workers that asked lately, with what they have."""
+    query = select(workers.c.id, workers.c.capacity).where(
+        workers.c.seen_at >= now() - within_seconds
+    )
+    return {name: Capacity.model_validate(found) for name, found in tx.execute(query)}
+
+
+def unfit(tx: Connection, needs: Needs, within_seconds: float = 120) -> bool:
+    """Whether workers are known and none could ever take it."""
+    known = known_workers(tx, within_seconds).values()
+    return bool(known) and not any(reservations.fits_at_most(needs, one) for one in known)
+
+
+def check_token(tx: Connection, job_id: str, fence: int, token: str) -> None:
+    """Raises AuthenticationError where `token` is not the one of that attempt."""
+    query = select(attempts.c.token_sha256).where(
+        attempts.c.job_id == job_id, attempts.c.fence == fence
+    )
+    expected = tx.scalar(query) or ""
+    given = hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
+    if not hmac.compare_digest(given, expected):
+        raise AuthenticationError("this token is not the one of that attempt")
+
+
+def _token(tx: Connection, job_id: str, fence: int, claim_id: str) -> str:
+    """Made from a secret of this database, so that a repeated claim brings it again."""
+    key = tx.scalar(select(secrets.c.value).where(secrets.c.name == "attempts"))
+    if key is None:
+        key = random.token_bytes(32)
+        tx.execute(insert(secrets), {"name": "attempts", "value": key})
+    digest = hmac.new(key, f"{job_id}:{fence}:{claim_id}".encode(), hashlib.sha256)
+    return "at-" + digest.hexdigest()
+
+
+def heartbeat(
+    tx: Connection, job_id: str, fence: int, worker_id: str, *, lease_seconds: float
+) -> Orders:
+    """Extend the lease and tell what is wanted. Raises FencedError where the attempt is over.
+
+    The first beat turns starting into running. After a lapse, and before another claim, a beat
+    takes the job back: it goes on as if nothing had been.
+    """
+    row = rows.lock(tx, job_id)
+    attempt = _own_attempt(tx, job_id, fence, worker_id)
+    lines, values = _on_beat(row)
+    beaten = rows.change(
+        tx,
+        job_id,
+        and_(rows.is_current(fence), rows.as_seen(row)),
+        lines,
+        lease_until=now() + lease_seconds,
+        worker_id=worker_id,
+        **values,
+    )
+    if beaten is None:
+        raise rows.fenced(job_id, fence)
+    if lines and lines[0][0] == "reattached":
+        needs = Needs(gpus=row["needs_gpus"], memory_bytes=row["needs_memory_bytes"])
+        reservations.reserve(tx, worker_id, f"job:{job_id}", needs, attempt["gpus"])
+    return _orders(tx, beaten, lease_seconds, attempt["last_n"])
+
+
+def _on_beat(row: RowMapping) -> tuple[list[rows.Line], dict[str, object]]:
+    running = {"state": JobState.RUNNING.value, "requeue_reason": None}
+    if row["state"] == JobState.STARTING.value:
+        return [("running", {})], {**running, "started_at": started_at()}
+    if row["state"] == JobState.QUEUED.value:
+        return [("reattached", {})], {**running, "started_at": started_at()}
+    return [], {}
+
+
+def started_at() -> object:
+    """When the job first ran."""
+    return func.coalesce(jobs.c.started_at, now())
+
+
+def _own_attempt(tx: Connection, job_id: str, fence: int, worker_id: str) -> RowMapping:
+    query = select(attempts).where(attempts.c.job_id == job_id, attempts.c.fence == fence)
+    attempt = tx.execute(query).mappings().first()
+    if attempt is None or attempt["worker_id"] != worker_id:
+        raise rows.fenced(job_id, fence)
+    return attempt
+
+
+def _orders(tx: Connection, row: RowMapping, lease_seconds: float, last_n: int) -> Orders:
+    stop = None if row["stop_mode"] is None else StopMode(row["stop_mode"])
+    left = None
+    if row["stop_deadline"] is not None:
+        left = max(0.0, row["stop_deadline"] - (tx.scalar(select(now())) or 0.0))
+    return Orders(
+        stop=stop,
+        stop_in_seconds=left,
+        should_checkpoint=row["should_checkpoint"],
+        lease_seconds=lease_seconds,
+        accepted_n=last_n,
+    )
+
+
+def request_checkpoint(tx: Connection, job_id: str, owner: str | None = None) -> Job:
+    """Ask a held job for a checkpoint soon; the wish goes with the next one accepted."""
+    row = rows.lock(tx, job_id, owner)
+    guard = jobs.c.state.in_(HELD)
+    return rows.to_job(rows.change(tx, job_id, guard, [], should_checkpoint=True) or row)
+
+
+def grant_grace(tx: Connection, lease_seconds: float) -> int:
+    """Make every lease last at least `lease_seconds` from now: said by an API that was away."""
+    held = (
+        update(jobs)
+        .where(jobs.c.state.in_(HELD), jobs.c.lease_until < now() + lease_seconds)
+        .values(lease_until=now() + lease_seconds)
+    )
+    return tx.execute(held).rowcount

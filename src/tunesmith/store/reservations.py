@@ -1,0 +1,65 @@
+"""Which devices of a worker are taken, by attempts and engines alike."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import insert, select
+from sqlalchemy.engine import Connection
+
+from tunesmith.spec.hands import Capacity
+from tunesmith.spec.records import Needs
+from tunesmith.store.tables import reservations
+
+
+@dataclass(frozen=True)
+class Room:
+    """What is free on a worker: by its own word and by what is reserved here.
+
+    An engine on a CPU takes memory but no slot: else engines that wait for a question would keep
+    jobs from running.
+    """
+
+    slots: int
+    gpus: tuple[int, ...]
+    memory_bytes: int
+
+
+def room(tx: Connection, worker_id: str, capacity: Capacity) -> Room:
+    query = select(reservations.c.device, reservations.c.memory_bytes).where(
+        reservations.c.worker_id == worker_id
+    )
+    taken = dict(tx.execute(query).tuples().all())
+    slots = sum(device.startswith("cpu:job:") for device in taken)
+    used_bytes = sum(size for device, size in taken.items() if device.startswith("cpu:"))
+    return Room(
+        slots=max(0, min(capacity.slots, capacity.max_slots - slots)),
+        gpus=tuple(index for index in capacity.gpus if f"gpu:{index}" not in taken),
+        memory_bytes=max(0, min(capacity.memory_bytes, capacity.max_memory_bytes - used_bytes)),
+    )
+
+
+def reserve(tx: Connection, worker_id: str, holder: str, needs: Needs, gpus: Sequence[int]) -> None:
+    """Write down that `holder` (`job:<id>` or `engine:<id>`) has these devices.
+
+    A device that another one holds is refused by the table (IntegrityError).
+    """
+    devices = [f"gpu:{index}" for index in gpus] or [f"cpu:{holder}"]
+    tx.execute(
+        insert(reservations),
+        [
+            {
+                "worker_id": worker_id,
+                "device": device,
+                "holder": holder,
+                "memory_bytes": needs.memory_bytes,
+            }
+            for device in devices
+        ],
+    )
+
+
+def fits_at_most(needs: Needs, capacity: Capacity) -> bool:
+    """Whether a worker that does nothing else could take it."""
+    if needs.gpus:
+        return needs.gpus <= capacity.max_gpus
+    return capacity.max_slots > 0 and needs.memory_bytes <= capacity.max_memory_bytes
