@@ -1,0 +1,417 @@
+"""The shapes that rows come in, and how each becomes one `Row`.
+
+openai             {"messages": [{"role", "content", "weight"?, "tool_calls"?}, …], "tools"?}
+alpaca             {"instruction", "input"?, "output", "system"?, "history"?: [[asked, told], …]}
+prompt_completion  {"prompt", "completion"}, both text or both lists of messages
+sharegpt           {"conversations": [{"from": "human" | "gpt" | …, "value"}, …], "system"?}
+text               {"text"}: a plain document
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, get_args
+
+import msgspec
+
+from tunesmith.errors import ValidationError
+from tunesmith.spec.chat import MAX_TEXT, Message
+
+Format = Literal["openai", "alpaca", "prompt_completion", "sharegpt", "text"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+MAX_MESSAGES = 1024
+"""In one conversation."""
+MAX_TOOLS = 256
+
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+Short = Annotated[str, msgspec.Meta(max_length=256)]
+Answer = str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sample, whatever format it stood in.
+
+    `line` counts from 1: the line of a .jsonl or .txt, the place in the array of a .json.
+    A conversation fills `messages` (and `tools`), a raw pair `prompt` and `completion`
+    (no template, the end token is appended), a plain document `text`.
+    """
+
+    line: int
+    messages: tuple[Message, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+
+
+class RowFault(ValidationError):
+    """A row that cannot be used: which (`line`; 0 is the file as a whole), where in it, and why."""
+
+    def __init__(self, line: int, reason: str, *, loc: str = "", unit: str = "line") -> None:
+        where = f"{unit} {line}" if line else "the file"
+        at = f", {loc}" if loc else ""
+        entry: list[str | int] = [unit, line, loc] if loc else [unit, line]
+        super().__init__(f"{where}{at}: {reason}", details=[{"loc": entry, "msg": reason}])
+        self.line, self.reason, self.loc, self.unit = line, reason, loc, unit
+
+
+class Wrong(Exception):
+    """What is wrong inside a row, before its line is known."""
+
+    def __init__(self, reason: str, loc: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.loc = reason, loc
+
+
+class _Part(msgspec.Struct):
+    type: str
+    text: Text | None = None
+
+
+class _Message(msgspec.Struct):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Annotated[list[_Part], msgspec.Meta(max_length=MAX_MESSAGES)] | None = None
+    name: Short | None = None
+    tool_calls: (
+        Annotated[tuple[dict[str, Any], ...], msgspec.Meta(min_length=1, max_length=MAX_TOOLS)]
+        | None
+    ) = None
+    tool_call_id: Short | None = None
+    weight: Literal[0, 1] | None = None
+
+
+_Messages = Annotated[list[_Message], msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)]
+_Tools = Annotated[tuple[dict[str, Any], ...], msgspec.Meta(max_length=MAX_TOOLS)]
+
+
+class _OpenAI(msgspec.Struct):
+    messages: _Messages
+    tools: _Tools | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class _Alpaca(msgspec.Struct):
+    instruction: Text
+    output: Text
+    input: Text | None = None
+    system: Text | None = None
+    history: (
+        Annotated[list[tuple[Text, Text]], msgspec.Meta(max_length=MAX_MESSAGES // 2)] | None
+    ) = None
+
+
+class _Pair(msgspec.Struct):
+    prompt: Text | _Messages
+    completion: Text | _Messages
+    tools: _Tools | None = None
+
+
+class _Said(msgspec.Struct):
+    from_: str = msgspec.field(name="from")
+    value: Text
+    weight: Literal[0, 1] | None = None
+
+
+class _ShareGPT(msgspec.Struct):
+    conversations: Annotated[list[_Said], msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)]
+    system: Text | None = None
+    tools: _Tools | str | None = None
+
+
+class _Text(msgspec.Struct):
+    text: Text
+
+
+_SPEAKERS: dict[str, Literal["system", "user", "assistant", "tool"]] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+def detect(keys: Sequence[str] | dict[str, Any]) -> Format:
+    """The format that a row with these fields is in. Raises Wrong."""
+    if "messages" in keys:
+        return "openai"
+    if "conversations" in keys:
+        return "sharegpt"
+    if "chosen" in keys and "rejected" in keys:
+        raise Wrong("this is preference data (chosen, rejected), which SFT cannot train on")
+    if "prompt" in keys and "completion" in keys:
+        return "prompt_completion"
+    if "instruction" in keys:
+        return "alpaca"
+    if "text" in keys:
+        return "text"
+    found = ", ".join(sorted(repr(key[:40]) for key in list(keys)[:8])) or "no field at all"
+    raise Wrong(
+        f"no known format has the fields {found}; expected messages, conversations, "
+        "instruction and output, prompt and completion, or text"
+    )
+
+
+def parse(line: bytes, format: Format, number: int) -> Row:
+    """One row from its JSON, checked in full. Raises Wrong."""
+    try:
+        shape = _decoder(format).decode(line)
+    except msgspec.ValidationError as error:
+        raise _mismatch(line, format, str(error)) from None
+    except msgspec.DecodeError as error:
+        raise Wrong(_syntax(line, str(error))) from None
+    except RecursionError:
+        raise Wrong("nested too deeply") from None
+    except ValueError:
+        raise Wrong(_encoding(line)) from None
+    refuse_duplicates(line)
+    return _BUILD[format](shape, number)
+
+
+def fields(line: bytes) -> dict[str, Any]:
+    """The fields of a row in no format yet. Raises Wrong."""
+    try:
+        value = msgspec.json.decode(line)
+    except msgspec.DecodeError as error:
+        raise Wrong(_syntax(line, str(error))) from None
+    except RecursionError:
+        raise Wrong("nested too deeply") from None
+    except ValueError:
+        raise Wrong(_encoding(line)) from None
+    if not isinstance(value, dict):
+        raise Wrong('a row must be an object in braces, like {"messages": […]}')
+    return value
+
+
+def instruction(asked: str, given: str | None = None) -> str:
+    """What a user says who gives an instruction and, maybe, something to apply it to."""
+    return f"{asked}\n{given}" if given else asked
+
+
+def refuse_duplicates(line: bytes) -> None:
+    """A name that is given twice would silently lose one value. Raises Wrong."""
+    try:
+        _UNIQUE.decode(line.decode())
+    except UnicodeDecodeError:
+        raise Wrong(_encoding(line)) from None
+    except RecursionError:
+        raise Wrong("nested too deeply") from None
+    except ValueError as error:
+        raise Wrong(_syntax(line, str(error))) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise Wrong(f"the field {twice[:80]!r} is given twice; keep one", twice[:80])
+    return found
+
+
+_NUL = "there is a NUL byte; the file may be UTF-16, save it as UTF-8"
+_HALF = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_UNIQUE = json.JSONDecoder(object_pairs_hook=_unique, strict=True)
+_SHAPES: dict[Format, type[msgspec.Struct]] = {
+    "openai": _OpenAI,
+    "alpaca": _Alpaca,
+    "prompt_completion": _Pair,
+    "sharegpt": _ShareGPT,
+    "text": _Text,
+}
+
+
+@cache
+def _decoder(format: Format) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(_SHAPES[format])
+
+
+@cache
+def known_fields(format: Format) -> frozenset[str]:
+    """Of a row; others are ignored."""
+    return frozenset(_SHAPES[format].__struct_encode_fields__)
+
+
+def _mismatch(line: bytes, format: Format, message: str) -> Wrong:
+    keys = fields(line)
+    try:
+        other = detect(keys)
+    except Wrong:
+        other = format
+    if other != format:
+        return Wrong(f"this row is in the {other} format, the first one was {format}: use one")
+    reason, _, path = message.partition(" - at `")
+    loc = path.rstrip("`").removeprefix("$").removeprefix(".")
+    return Wrong(_plain(reason), loc)
+
+
+def _plain(reason: str) -> str:
+    missing = reason.removeprefix("Object missing required field ")
+    if missing != reason:
+        return f"the field {missing} is missing"
+    return reason[:1].lower() + reason[1:]
+
+
+def _syntax(line: bytes, message: str) -> str:
+    if _HALF.search(line):
+        return "half of a surrogate pair is no character; write the whole character"
+    if b"\0" in line:
+        return _NUL
+    return (
+        f"not JSON ({message[:120]}); a .jsonl file has one whole object a line, "
+        "a .json file is one array of objects"
+    )
+
+
+def _encoding(line: bytes) -> str:
+    if b"\0" in line:
+        return _NUL
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return f"not valid UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8"
+    return "not valid UTF-8; save the file as UTF-8"
+
+
+def _from_openai(shape: _OpenAI, line: int) -> Row:
+    messages = tuple(_message(said, f"messages[{at}]") for at, said in enumerate(shape.messages))
+    return _conversation(line, messages, shape.tools or ())
+
+
+def _from_alpaca(shape: _Alpaca, line: int) -> Row:
+    if not shape.instruction.strip() and not (shape.input or "").strip():
+        raise Wrong("the instruction is empty", "instruction")
+    if not shape.output:
+        raise Wrong("the output is empty: nothing to learn", "output")
+    messages = [_say("system", shape.system)] if shape.system else []
+    for asked, answered in shape.history or ():
+        messages += [_say("user", asked), _say("assistant", answered)]
+    messages.append(_say("user", instruction(shape.instruction, shape.input)))
+    messages.append(_say("assistant", shape.output))
+    return _conversation(line, tuple(messages), ())
+
+
+def _from_pair(shape: _Pair, line: int) -> Row:
+    if isinstance(shape.prompt, str) and isinstance(shape.completion, str):
+        if not shape.completion:
+            raise Wrong("the completion is empty: nothing to learn", "completion")
+        _refuse_nul(shape.prompt, "prompt")
+        _refuse_nul(shape.completion, "completion")
+        return Row(line, prompt=shape.prompt, completion=shape.completion)
+    if isinstance(shape.prompt, str) or isinstance(shape.completion, str):
+        raise Wrong("prompt and completion must both be text or both be lists of messages")
+    asked = [_message(said, f"prompt[{at}]") for at, said in enumerate(shape.prompt)]
+    told = [_message(said, f"completion[{at}]") for at, said in enumerate(shape.completion)]
+    context = [
+        said.model_copy(update={"weight": 0}) if said.role == "assistant" else said
+        for said in asked
+    ]
+    return _conversation(line, (*context, *told), shape.tools or ())
+
+
+def _from_sharegpt(shape: _ShareGPT, line: int) -> Row:
+    messages = [_say("system", shape.system)] if shape.system else []
+    for at, said in enumerate(shape.conversations):
+        role = _SPEAKERS.get(said.from_.lower())
+        if role is None:
+            raise Wrong(
+                f"{said.from_[:40]!r} is not a known speaker; use human, gpt, system or tool",
+                f"conversations[{at}].from",
+            )
+        _refuse_nul(said.value, f"conversations[{at}].value")
+        messages.append(Message(role=role, content=said.value, weight=said.weight))
+    tools = _written_tools(shape.tools) if isinstance(shape.tools, str) else shape.tools or ()
+    return _conversation(line, tuple(messages), tools)
+
+
+def _from_text(shape: _Text, line: int) -> Row:
+    return document(shape.text, line)
+
+
+def document(text: str, line: int) -> Row:
+    if not text.strip():
+        raise Wrong("the text is empty: nothing to learn", "text")
+    _refuse_nul(text, "text")
+    return Row(line, text=text)
+
+
+_BUILD: dict[Format, Callable[[Any, int], Row]] = {
+    "openai": _from_openai,
+    "alpaca": _from_alpaca,
+    "prompt_completion": _from_pair,
+    "sharegpt": _from_sharegpt,
+    "text": _from_text,
+}
+
+
+def _conversation(
+    line: int, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...]
+) -> Row:
+    answers = [said for said in messages if said.role == "assistant"]
+    if not answers:
+        raise Wrong("there is no assistant message: nothing to learn")
+    if all(said.weight == 0 for said in answers):
+        raise Wrong("every assistant message has weight 0: nothing to learn")
+    if not any((said.content or said.tool_calls) and said.weight != 0 for said in answers):
+        raise Wrong("every assistant message is empty: nothing to learn")
+    return Row(line, messages=messages, tools=tools)
+
+
+def _message(said: _Message, loc: str) -> Message:
+    content = said.content
+    if isinstance(content, list):
+        content = _joined(content, loc)
+    if content is None and not said.tool_calls:
+        raise Wrong("content is missing", f"{loc}.content")
+    if said.weight is not None and said.role != "assistant":
+        raise Wrong("only assistant messages have a weight", f"{loc}.weight")
+    _refuse_nul(content, f"{loc}.content")
+    return Message(
+        role=said.role,
+        content=content,
+        name=said.name,
+        tool_calls=said.tool_calls,
+        tool_call_id=said.tool_call_id,
+        weight=said.weight,
+    )
+
+
+def _joined(parts: list[_Part], loc: str) -> str:
+    for at, part in enumerate(parts):
+        if part.type not in {"text", "input_text"} or part.text is None:
+            raise Wrong(
+                f"a part of type {part.type[:40]!r}: only text can be trained on",
+                f"{loc}.content[{at}]",
+            )
+    text = "".join(part.text or "" for part in parts)
+    if len(text) > MAX_TEXT:
+        raise Wrong(f"longer than {MAX_TEXT} characters", f"{loc}.content")
+    return text
+
+
+def _say(role: Literal["system", "user", "assistant"], content: str) -> Message:
+    _refuse_nul(content, role)
+    return Message(role=role, content=content)
+
+
+def _refuse_nul(text: str | None, loc: str) -> None:
+    if text is not None and "\0" in text:
+        raise Wrong("there is a NUL character; remove it", loc)
+
+
+def _written_tools(text: str) -> tuple[dict[str, Any], ...]:
+    if not text.strip():
+        return ()
+    try:
+        return msgspec.json.decode(text, type=_Tools)
+    except (msgspec.DecodeError, RecursionError):
+        raise Wrong("tools must be a list of objects", "tools") from None
