@@ -1,0 +1,78 @@
+"""Loss of the label rows, with only a chunk of logits alive at a time.
+
+R label rows, H hidden size, V vocabulary entries. The gradient of cross-entropy with respect to the
+logits is softmax minus one-hot, so it is taken in the forward pass while a chunk is at hand.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from tunesmith.nn.matmul import product
+
+CHUNK_LOGITS = 1 << 20
+"""Logits alive at once: 4 MiB in fp32, so that they stay in the cache of a CPU."""
+
+
+def linear_cross_entropy_sum(
+    hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, bias_V: Tensor | None = None
+) -> Tensor:
+    """Sum over rows of -log softmax(hidden @ weight.T + bias)[target]: a scalar in fp32.
+
+    Differentiable once, with respect to hidden, weight and bias. Logits are taken in fp32.
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(hidden_RH, weight_VH, targets_R, bias_V)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, bias_V: Any
+    ) -> Tensor:
+        needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad  # type: ignore[attr-defined]
+        grad_hidden = torch.empty_like(hidden_RH) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
+        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_RH.device)
+        chunk = max(16, CHUNK_LOGITS // weight_VH.shape[0])
+        for start in range(0, hidden_RH.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            hidden_CH = hidden_RH[rows]
+            logits_CV = product(hidden_CH, weight_VH).float()
+            if bias_V is not None:
+                logits_CV += bias_V
+            total += _loss_then_gradient_(logits_CV, targets_R[rows, None])
+            if grad_hidden is not None:
+                grad_hidden[rows] = product(logits_CV.to(weight_VH.dtype), weight_VH.t())
+            if grad_weight is not None:
+                grad_weight += product(logits_CV.t(), hidden_CH.t().float())
+            if grad_bias is not None:
+                grad_bias += logits_CV.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)  # type: ignore[arg-type]
+        ctx.weight_dtype = weight_VH.dtype  # type: ignore[attr-defined]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        dtype = ctx.weight_dtype
+        return (
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(dtype),
+            None,
+            None if grad_bias is None else (grad_bias * grad).to(dtype),
+        )
+
+
+def _loss_then_gradient_(logits_CV: Tensor, targets_C1: Tensor) -> Tensor:
+    """The chunk's loss; afterwards `logits_CV` holds d loss / d logits."""
+    highest_C1 = logits_CV.gather(1, targets_C1)
+    normaliser_C1 = logits_CV.logsumexp(1, keepdim=True)
+    loss = (normaliser_C1 - highest_C1).sum()
+    logits_CV.sub_(normaliser_C1).exp_()
+    logits_CV.scatter_add_(1, targets_C1, torch.full_like(highest_C1, -1.0))
+    return loss

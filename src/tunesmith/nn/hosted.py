@@ -1,0 +1,219 @@
+"""Any causal language model of transformers, trained as it is, with our attention and our loss.
+
+Two things about an architecture are found out when it is opened, by running a few tokens through:
+whether samples can be joined to one row (else they are padded, side by side), and whether logits
+are nothing but a product with the head's weight (else its own forward makes them).
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from tunesmith.nn.batch import FlatBatch, flatten
+from tunesmith.nn.cross_entropy import linear_cross_entropy_sum
+from tunesmith.nn.registered import ATTENTION, AttentionNotServed
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How an architecture can be run."""
+
+    is_flat: bool
+    """Samples joined to one row; else padded."""
+    has_plain_head: bool
+    """Logits are hidden @ weight.T + bias."""
+    attention: str
+    """The implementation for padded rows."""
+
+
+class HostedModel:
+    """A transformers model, with or without PEFT around it. See `LanguageModel`."""
+
+    is_lean = False
+
+    def __init__(
+        self,
+        model: Any,
+        ways: Ways,
+        *,
+        autocast_dtype: torch.dtype | None = None,
+        adapter: Any = None,
+    ) -> None:
+        self._model = model
+        self._peft = adapter
+        self._ways = ways
+        self._autocast_dtype = autocast_dtype
+        self.context_length = context_length(model.config)
+        self.vocabulary_size = int(model.get_input_embeddings().weight.shape[0])
+        self.parameters_total = sum(one.numel() for one in self._outer.parameters())
+        self._trainable = {
+            name: one for name, one in self._outer.named_parameters() if one.requires_grad
+        }
+
+    @property
+    def _outer(self) -> Any:
+        return self._model if self._peft is None else self._peft
+
+    def loss_sum(self, batch: FlatBatch) -> Tensor:
+        with self._precision():
+            if self._ways.has_plain_head:
+                return self._loss_of(self._hidden_rows(batch), batch.targets_R)
+            logits_RV = self._logit_rows(batch)
+        return F.cross_entropy(logits_RV.float(), batch.targets_R, reduction="sum")
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return dict(self._trainable)
+
+    def weights(self) -> dict[str, Tensor]:
+        if self._peft is not None:
+            from peft import get_peft_model_state_dict
+
+            return cast("dict[str, Tensor]", get_peft_model_state_dict(self._peft))
+        return without_ties(self._model)
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        if self._peft is not None:
+            from peft import set_peft_model_state_dict
+
+            set_peft_model_state_dict(self._peft, dict(weights))
+            return
+        expected = without_ties(self._model).keys()
+        assert expected == weights.keys(), f"other weights: {sorted(expected ^ weights.keys())[:4]}"
+        self._model.load_state_dict(dict(weights), strict=False)
+
+    def save(self, folder: Path) -> None:
+        with plain_attention(self._model, self._ways.attention):
+            self._outer.save_pretrained(str(folder))
+
+    def train(self) -> None:
+        self._outer.train()
+
+    def eval(self) -> None:
+        self._outer.eval()
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self._autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self._model.device.type, self._autocast_dtype)
+
+    def _loss_of(self, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
+        head = self._model.get_output_embeddings()
+        dtype = self._autocast_dtype or head.weight.dtype
+        with torch.autocast(hidden_RH.device.type, enabled=False):
+            return linear_cross_entropy_sum(
+                hidden_RH.to(dtype), head.weight.to(dtype), targets_R, head.bias
+            )
+
+    def _hidden_rows(self, batch: FlatBatch) -> Tensor:
+        return run_rows(self._model.base_model, batch, self._ways.is_flat)
+
+    def _logit_rows(self, batch: FlatBatch) -> Tensor:
+        return run_rows(self._model, batch, self._ways.is_flat)
+
+
+def run_rows(module: Any, batch: FlatBatch, is_flat: bool) -> Tensor:
+    """The backbone's hidden states, or the whole model's logits, on the batch's label rows."""
+    if is_flat:
+        out = module(
+            input_ids=batch.ids_T[None],
+            position_ids=batch.positions_T[None],
+            segment_bounds=batch.bounds,
+            use_cache=False,
+        )
+        return cast(Tensor, out[0][0, batch.rows_R])
+    pieces = [batch.ids_T[a:b] for a, b in pairwise(batch.bounds)]
+    ids_BL = pad_sequence(pieces, batch_first=True)
+    lengths_B = torch.tensor([len(piece) for piece in pieces], device=ids_BL.device)
+    is_token_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < lengths_B[:, None]
+    out = module(input_ids=ids_BL, attention_mask=is_token_BL.long(), use_cache=False)
+    return cast(Tensor, out[0][is_token_BL][batch.rows_R])
+
+
+def find_ways(model: Any) -> Ways:
+    """Run two short segments apart and joined, and see what comes out the same. Sets `model` up."""
+    model.eval()
+    attention = model.config._attn_implementation
+    batch = _probe(int(model.get_input_embeddings().weight.shape[0]), model.device)
+    with torch.no_grad():
+        apart_RV = torch.cat([run_rows(model, one, is_flat=False) for one in batch[1:]])
+        is_flat = _is_same_when_joined(model, batch[0], apart_RV)
+        if not is_flat:
+            model.set_attn_implementation(attention)
+        return Ways(is_flat, _has_plain_head(model, batch[0], apart_RV, is_flat), attention)
+
+
+def _is_same_when_joined(model: Any, batch: FlatBatch, apart_RV: Tensor) -> bool:
+    if not type(model)._supports_attention_backend and not model._can_set_attn_implementation():
+        return False
+    try:
+        model.set_attn_implementation(ATTENTION)
+        joined_RV = run_rows(model, batch, is_flat=True)
+    except (AttentionNotServed, TypeError, ValueError, RuntimeError):
+        return False
+    return is_close(joined_RV, apart_RV)
+
+
+def _has_plain_head(model: Any, batch: FlatBatch, logits_RV: Tensor, is_flat: bool) -> bool:
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or model.base_model is model:
+        return False
+    hidden_RH = run_rows(model.base_model, batch, is_flat)
+    return is_close(F.linear(hidden_RH.to(head.weight.dtype), head.weight, head.bias), logits_RV)
+
+
+def is_close(ours: Tensor, theirs: Tensor) -> bool:
+    """Within rounding of each other, measured at the largest entry."""
+    if ours.shape != theirs.shape:
+        return False
+    allowed = 1e-4 if theirs.dtype == torch.float32 else 3e-2
+    difference = (ours.float() - theirs.float()).abs().max()
+    return bool(difference <= allowed * theirs.float().abs().max())
+
+
+def _probe(vocabulary: int, device: torch.device) -> tuple[FlatBatch, ...]:
+    """Two segments joined, and each by itself."""
+    ids = [(7 + 31 * place) % vocabulary for place in range(14)]
+    pieces = [(part, [True] * len(part)) for part in (ids[:5], ids[5:])]
+    return tuple(flatten(part, device) for part in (pieces, pieces[:1], pieces[1:]))
+
+
+def without_ties(model: Any) -> dict[str, Tensor]:
+    """The state dict, with a tensor that is there under two names kept under the first."""
+    state: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        state[name] = tensor
+    return state
+
+
+@contextmanager
+def plain_attention(model: Any, name: str) -> Iterator[None]:
+    """So that a saved config names no attention of ours."""
+    ours = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ours)
+
+
+def context_length(config: Any) -> int:
+    """Tokens that the architecture has positions for; very many where it sets no limit."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx"):
+        found = getattr(text, name, None)
+        if isinstance(found, int) and found > 0:
+            return found
+    return 1 << 20

@@ -1,0 +1,87 @@
+"""A causal language model as training sees it, and how one is opened from a folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+
+from tunesmith.nn.batch import FlatBatch
+from tunesmith.nn.folder import open_folder
+from tunesmith.nn.lean import open_lean
+from tunesmith.nn.memory import keep_freed_memory
+from tunesmith.nn.opening import Opening, check_opening, open_hosted
+from tunesmith.spec.train import Lora
+
+
+class LanguageModel(Protocol):
+    """What a training loop needs, whatever the architecture."""
+
+    context_length: int
+    """Tokens."""
+    vocabulary_size: int
+    """Rows of the embedding: ids must be below it."""
+    is_lean: bool
+    """Whether the forward pass is our own."""
+    parameters_total: int
+
+    def loss_sum(self, batch: FlatBatch) -> Tensor:
+        """The sum, in fp32, of the label losses of the batch; differentiable."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Always in the same order."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: the tensors in training, under transformers' or PEFT's names.
+
+        They share memory with the model: a later step changes them.
+        """
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """The inverse of `weights`."""
+
+    def save(self, folder: Path) -> None:
+        """Write what plain transformers (or PEFT, for an adapter) loads."""
+
+    def train(self) -> None:
+        """Dropout on."""
+
+    def eval(self) -> None:
+        """Dropout off."""
+
+
+def open_model(
+    folder: str,
+    *,
+    lora: Lora | None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    device: str = "cpu",
+    compile: bool = False,
+    seed: int = 42,
+    gradient_checkpointing: bool = False,
+    quantization: Literal["4bit", "8bit"] | None = None,
+    from_scratch: bool = False,
+) -> LanguageModel:
+    """Open a model folder, or an adapter's, for training; it comes back with dropout on.
+
+    An adapter's folder with `lora` given goes on training that adapter, whose own rank and targets
+    hold; with `lora` None it is merged into its base and every weight is trained. `from_scratch`
+    takes the config only, and draws weights from `seed`. `compile` concerns our own forward pass
+    alone: seconds of CPU at the start, for a few percent of each step.
+    Raises JobFailure(USER_ERROR).
+    """
+    opening = Opening(
+        lora=lora,
+        precision=precision,
+        device=device,
+        should_compile=compile,
+        seed=seed,
+        gradient_checkpointing=gradient_checkpointing,
+        quantization=quantization,
+        from_scratch=from_scratch,
+    )
+    found = open_folder(folder, needs_weights=not from_scratch)
+    check_opening(found, opening)
+    if device == "cpu":
+        keep_freed_memory()
+    return open_lean(found, opening) or open_hosted(found, opening)

@@ -1,0 +1,176 @@
+"""From a checked folder to a transformers model that is set up for training."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from tunesmith.nn.folder import ModelFolder, listed, refuse
+from tunesmith.nn.hosted import HostedModel, find_ways
+from tunesmith.spec.train import Lora
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a model is to be opened; see `open_model`."""
+
+    lora: Lora | None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: str = "cpu"
+    should_compile: bool = False
+    seed: int = 42
+    gradient_checkpointing: bool = False
+    quantization: Literal["4bit", "8bit"] | None = None
+    from_scratch: bool = False
+
+
+def open_hosted(folder: ModelFolder, opening: Opening) -> HostedModel:
+    """Load with transformers and PEFT. Raises JobFailure(USER_ERROR)."""
+    model = _load(folder, opening)
+    ways = find_ways(model)
+    adapter = None
+    if folder.adapter is not None:
+        adapter = _with_known_adapter(model, folder, is_trainable=opening.lora is not None)
+    elif opening.lora is not None:
+        adapter = _with_new_adapter(model, folder, opening)
+    if opening.lora is None:
+        model = model if adapter is None else adapter.merge_and_unload()
+        model.requires_grad_(True)
+        adapter = None
+    if opening.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    dtype = torch.bfloat16 if opening.precision == "bf16" else None
+    hosted = HostedModel(model, ways, autocast_dtype=dtype, adapter=adapter)
+    hosted.train()
+    return hosted
+
+
+def check_opening(folder: ModelFolder, opening: Opening) -> None:
+    if opening.precision == "fp16":
+        raise refuse("fp16 needs loss scaling, which is not offered", "ask for bf16 or fp32")
+    if opening.quantization is not None and not opening.device.startswith("cuda"):
+        raise refuse(
+            f"{opening.quantization} quantization needs a CUDA device and this job runs on the CPU",
+            "leave quantization out, or run on a host with a GPU",
+        )
+    if opening.quantization is not None and opening.lora is None:
+        raise refuse("quantized weights cannot be trained themselves", "ask for LoRA with it")
+    if opening.from_scratch and (opening.lora is not None or folder.adapter is not None):
+        raise refuse("from_scratch trains every weight of a new model: no adapter goes with it")
+
+
+def load_config(folder: ModelFolder) -> Any:
+    """Raises JobFailure(USER_ERROR) where transformers has no such architecture."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder.base, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise refuse(f"{folder.base_given}: transformers cannot read it: {error}") from error
+
+
+def new_model(config: Any, seed: int) -> Any:
+    """Weights drawn as transformers draws them; the process's random state is left alone."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _load(folder: ModelFolder, opening: Opening) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if opening.from_scratch:
+        return new_model(load_config(folder), opening.seed).to(opening.device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder.base,
+            dtype=_dtype(opening),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            quantization_config=_quantization(opening),
+            device_map={"": opening.device} if opening.quantization else None,
+        )
+        return model if opening.quantization else model.to(opening.device)
+    except (ValueError, OSError, KeyError) as error:
+        raise refuse(f"{folder.base_given}: transformers cannot load it: {error}") from error
+
+
+def _dtype(opening: Opening) -> torch.dtype:
+    """Weights that are trained stay in fp32; frozen ones may be halved."""
+    is_halved = opening.lora is not None and opening.precision == "bf16"
+    return torch.bfloat16 if is_halved else torch.float32
+
+
+def _quantization(opening: Opening) -> Any:
+    if opening.quantization is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    try:
+        import bitsandbytes  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError:
+        raise refuse(
+            "quantization needs the package bitsandbytes, which is not installed",
+            "pip install bitsandbytes, or leave quantization out",
+        ) from None
+    if opening.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+
+
+def _with_known_adapter(model: Any, folder: ModelFolder, *, is_trainable: bool) -> Any:
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return PeftModel.from_pretrained(model, str(folder.adapter), is_trainable=is_trainable)
+    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise refuse(f"{folder.given}: the adapter does not fit its base model: {error}") from error
+
+
+def _with_new_adapter(model: Any, folder: ModelFolder, opening: Opening) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    lora = opening.lora
+    assert lora is not None
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        fan_in_fan_out=_has_transposed_layers(model),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=folder.base_given,
+    )
+    model.name_or_path = folder.base_given
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(opening.seed)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise refuse(
+                f"targets {lora.targets!r} do not fit this model: {error}",
+                f"its linear layers are {listed(linear_names(model))}; or ask for all-linear",
+            ) from error
+
+
+def linear_names(model: torch.nn.Module) -> list[str]:
+    """Last parts of the names of the layers that LoRA can be put on."""
+    kinds = ("Linear", "Conv1D")
+    return [
+        name.split(".")[-1] for name, one in model.named_modules() if type(one).__name__ in kinds
+    ]
+
+
+def _has_transposed_layers(model: torch.nn.Module) -> bool:
+    return any(type(one).__name__ == "Conv1D" for one in model.modules())

@@ -1,0 +1,76 @@
+"""Our attention inside every transformers model: registered there under `ATTENTION`.
+
+A model set to it gets a flat row (1, T), positions that restart, and `segment_bounds` as a keyword
+that transformers hands through to each layer's attention.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from tunesmith.nn.attention import AttentionRule, Bounds, attend
+
+ATTENTION = "tunesmith_segments"
+
+_REFUSED = ("s_aux", "position_bias", "head_mask", "cross_attention")
+"""Keywords that change what attention means and that `attend` does not know."""
+
+
+class AttentionNotServed(Exception):
+    """The architecture asks for something that segment-wise attention does not do."""
+
+
+def _attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segment_bounds: Bounds | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query (1, heads, T, D), key and value (1, kv heads, T, D) → (1, T, heads, D)."""
+    _check(module, query, key, attention_mask, segment_bounds, is_causal, kwargs)
+    assert segment_bounds is not None
+    rule = AttentionRule(
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        window=sliding_window,
+        softcap=softcap,
+        dropout=dropout,
+    )
+    return attend(query[0], key[0], value[0], segment_bounds, rule)[None].contiguous(), None
+
+
+def _check(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    bounds: Bounds | None,
+    is_causal: bool | None,
+    rest: dict[str, Any],
+) -> None:
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    odd = [name for name in _REFUSED if rest.get(name) is not None]
+    if bounds is None:
+        raise AttentionNotServed("segment_bounds does not reach the attention")
+    if not causal or odd or mask is not None:
+        raise AttentionNotServed(f"not plain causal attention: {odd or 'a mask, or both ways'}")
+    if query.shape[0] != 1 or query.shape[2] != bounds[-1] or key.shape[2] != bounds[-1]:
+        raise AttentionNotServed("not one flat row")
+
+
+def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+    """Segments need no mask tensor."""
+
+
+AttentionInterface.register(ATTENTION, _attention_forward)
+AttentionMaskInterface.register(ATTENTION, _no_mask)
