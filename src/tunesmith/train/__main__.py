@@ -1,0 +1,56 @@
+"""The trainer: a task on stdin, events on stdout, the log on stderr, a signal to stop.
+
+    python -m tunesmith.train < task.json
+
+Ends with 0 where the job finished or stopped as asked, with 1 where it failed.
+"""
+
+import contextlib
+import sys
+import traceback
+
+from tunesmith.errors import FailureClass, JobFailure
+from tunesmith.spec.pipe import TrainerTask
+from tunesmith.train import process
+from tunesmith.train.failure import tell
+from tunesmith.train.report import Report
+
+MAX_TASK_BYTES = 16 << 20
+
+
+def main() -> int:
+    process.quiet_environment()
+    process.die_with_parent()
+    process.give_way()
+    asks = process.Asks()
+    asks.listen()
+    report = Report(process.claim_stdout())
+    try:
+        _carry_out(report, asks)
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        return _fail(report, error)
+    return 0
+
+
+def _carry_out(report: Report, asks: process.Asks) -> None:
+    body = sys.stdin.buffer.read(MAX_TASK_BYTES + 1)
+    if len(body) > MAX_TASK_BYTES:
+        raise JobFailure(FailureClass.USER_ERROR, f"a task of over {MAX_TASK_BYTES:,} bytes")
+    task = TrainerTask.model_validate_json(body)
+    # Here, so that the environment is set before torch is loaded.
+    from tunesmith.train.job import Job
+
+    Job(task, report, asks).run()
+
+
+def _fail(report: Report, error: Exception) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        report.send(tell(error))
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

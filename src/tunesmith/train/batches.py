@@ -1,0 +1,185 @@
+"""Which samples a step is made of, in which order they come, and in which passes they run."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Protocol
+
+_ROUNDS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row of tokens. `mask[i]` says that token i is a label; `labels` counts them from 1 on."""
+
+    ids: Sequence[int]
+    mask: Sequence[bool]
+    labels: int
+
+    @classmethod
+    def of(cls, ids: Sequence[int], mask: Sequence[bool]) -> "Sample":
+        return cls(ids, mask, sum(mask[1:]))
+
+
+class Shuffle:
+    """A permutation of 0 … count-1 drawn from (seed, epoch), computed place by place.
+
+    A balanced Feistel network over the next power of four, walked until it lands inside
+    (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): no array is kept, any place
+    can be asked for, and no library's next version changes the order.
+    """
+
+    def __init__(self, count: int, seed: int, epoch: int) -> None:
+        self._count = count
+        self._half_bits = max(1, (max(count - 1, 1).bit_length() + 1) // 2)
+        digest = blake2b(f"{seed}/{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+        self._keys = [int.from_bytes(digest[8 * i : 8 * i + 8]) for i in range(_ROUNDS)]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: int) -> int:
+        if not 0 <= place < self._count:
+            raise IndexError(place)
+        place = self._scramble(place)
+        while place >= self._count:
+            place = self._scramble(place)
+        return place
+
+    def __iter__(self) -> Iterator[int]:
+        return (self[place] for place in range(self._count))
+
+    def _scramble(self, number: int) -> int:
+        bits = self._half_bits
+        mask = (1 << bits) - 1
+        left, right = number >> bits, number & mask
+        for key in self._keys:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        return left << bits | right
+
+
+def _mix(number: int) -> int:
+    """The finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
+    number &= 0xFFFFFFFFFFFFFFFF
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    number = (number ^ number >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return number ^ number >> 31
+
+
+class Interrupted(Exception):
+    """A stop was asked for while looking for a sample."""
+
+
+class Source(Protocol):
+    """The samples of one epoch after another, each read when it is asked for."""
+
+    def open(self, epoch: int, position: dict[str, Any] | None = None) -> None:
+        """Go to an epoch's beginning, where the first starts to count anew, or to a `position`."""
+
+    def position(self) -> dict[str, Any]:
+        """Where the next `pull` reads, and what was counted before it, in JSON's types."""
+
+    def pull(self) -> Sample | None:
+        """The next sample; None at the end of the epoch."""
+
+    def expected(self) -> float:
+        """Samples in an epoch, an estimate from what was seen so far. Above 0."""
+
+    def nothing_usable(self) -> Exception:
+        """What to raise where a whole epoch held no sample."""
+
+
+class Feed:
+    """Deals out the samples of each step. A step never reaches over the end of an epoch.
+
+    One sample is read ahead, so that the end of an epoch is known with its last step.
+    """
+
+    def __init__(self, source: Source, samples_a_step: int) -> None:
+        self.epoch = 0
+        self.epoch_samples: int | None = None
+        """Exact, once the first epoch has ended."""
+        self._source = source
+        self._samples_a_step = samples_a_step
+        self._taken = 0
+        self._open(None)
+
+    def take(self) -> list[Sample]:
+        """The samples of the next step, at least one. Raises what the source says is wrong."""
+        if not self._is_ahead:
+            self._read_ahead()
+            if self._ahead is None:
+                raise self._source.nothing_usable()
+        samples: list[Sample] = []
+        while self._ahead is not None and len(samples) < self._samples_a_step:
+            samples.append(self._ahead)
+            self._taken += 1
+            self._read_ahead()
+        if self._ahead is None:
+            self._end_epoch()
+        return samples
+
+    @property
+    def is_between_epochs(self) -> bool:
+        return self._taken == 0
+
+    @property
+    def progress(self) -> float:
+        """Epochs done, with the share of the one under way."""
+        size = self.epoch_samples or self._source.expected()
+        return self.epoch + min(self._taken / size, 1.0)
+
+    @property
+    def steps_an_epoch(self) -> int:
+        size = self.epoch_samples or self._source.expected()
+        return max(1, math.ceil(round(size, 6) / self._samples_a_step))
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "taken": self._taken,
+            "epoch_samples": self.epoch_samples,
+            "source": self._position,
+        }
+
+    def seek(self, state: dict[str, Any]) -> None:
+        self.epoch, self._taken = state["epoch"], state["taken"]
+        self.epoch_samples = state["epoch_samples"]
+        self._open(state["source"])
+        if self._taken:
+            self._read_ahead()
+
+    def _open(self, position: dict[str, Any] | None) -> None:
+        self._source.open(self.epoch, position)
+        self._ahead: Sample | None = None
+        self._is_ahead = False
+        self._position = self._source.position()
+
+    def _read_ahead(self) -> None:
+        self._position = self._source.position()
+        self._ahead = self._source.pull()
+        self._is_ahead = True
+
+    def _end_epoch(self) -> None:
+        self.epoch_samples = self._taken
+        self._taken = 0
+        self.epoch += 1
+        self._open(None)
+
+
+def split(samples: Sequence[Sample], budget_tokens: int) -> list[list[Sample]]:
+    """Share out a step's samples to passes of at most `budget_tokens`, the shortest first.
+
+    Neighbours in length share a pass; a sample over the budget has one to itself. How a step is
+    split changes its speed and memory, not its update.
+    """
+    passes: list[list[Sample]] = []
+    room = 0
+    for sample in sorted(samples, key=lambda sample: len(sample.ids)):
+        if not passes or len(sample.ids) > room:
+            passes.append([])
+            room = budget_tokens
+        passes[-1].append(sample)
+        room -= len(sample.ids)
+    return passes

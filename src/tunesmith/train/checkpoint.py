@@ -1,0 +1,143 @@
+"""Everything a training needs to go on as if nothing had happened, in one sealed folder.
+
+step-<n>/model/                what transformers or PEFT loads, with the tokenizer: can be served
+         optimizer.safetensors
+         random.safetensors
+         state.json            step, data position, counts, plan
+         manifest.json
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tunesmith import manifest
+from tunesmith.errors import FailureClass, JobFailure
+from tunesmith.spec.pipe import Checkpointed
+
+KIND = "checkpoint"
+_OPTIMIZER, _RANDOM, _STATE, _MODEL = (
+    "optimizer.safetensors",
+    "random.safetensors",
+    "state.json",
+    "model",
+)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is written. `save_model` writes weights and tokenizer into the folder it is given."""
+
+    step: int
+    save_model: Callable[[Path], None]
+    optimizer: Mapping[str, Tensor]
+    random: Mapping[str, Tensor]
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What is read back."""
+
+    folder: Path
+    optimizer: dict[str, Tensor]
+    random: dict[str, Tensor]
+    state: dict[str, Any]
+
+    def weights(self) -> dict[str, Tensor]:
+        return load_weights(self.folder / _MODEL)
+
+
+class Shelf:
+    """The checkpoints of one attempt: `<attempt>/checkpoints`."""
+
+    def __init__(self, attempt_dir: Path, keep: int) -> None:
+        self.folder = attempt_dir / "checkpoints"
+        self._keep = keep
+        for left in self.folder.glob(".step-*.part"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def write(self, snapshot: Snapshot) -> Checkpointed:
+        """Stage, seal, rename; then let go of the oldest.
+
+        Raises whatever the disk says, with the older checkpoints and no staging folder left.
+        """
+        final = self.folder / f"step-{snapshot.step}"
+        staging = self.folder / f".step-{snapshot.step}.part"
+        if final.exists():
+            manifest.remove(final)
+        try:
+            (staging / _MODEL).mkdir(parents=True)
+            _fill(staging, snapshot)
+            digest = manifest.commit(staging, final, KIND, {"step": snapshot.step})
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        self._thin()
+        return Checkpointed(
+            step=snapshot.step,
+            path=str(final.absolute()),
+            manifest_sha256=digest,
+            size_bytes=sum(path.stat().st_size for path in final.rglob("*") if path.is_file()),
+        )
+
+    def _thin(self) -> None:
+        held = sorted(self.folder.glob("step-*"), key=_step_of)
+        for old in held[: -self._keep]:
+            manifest.remove(old)
+
+
+def read(folder: Path) -> Saved:
+    """A checkpoint whose every byte is as it was sealed. Raises JobFailure(checkpoint_corrupt)."""
+    try:
+        manifest.verify(folder)
+        return Saved(
+            folder=folder,
+            optimizer=load_file(folder / _OPTIMIZER),
+            random=load_file(folder / _RANDOM),
+            state=json.loads((folder / _STATE).read_bytes()),
+        )
+    except manifest.BrokenManifest as broken:
+        raise _corrupt(str(broken)) from broken
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _corrupt(f"{folder.name}: {error}") from error
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model's or an adapter's folder, under the names they have there."""
+    weights: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(path)
+    return weights
+
+
+def _fill(staging: Path, snapshot: Snapshot) -> None:
+    snapshot.save_model(staging / _MODEL)
+    save_file(_plain(snapshot.optimizer), staging / _OPTIMIZER)
+    save_file(_plain(snapshot.random), staging / _RANDOM)
+    body = json.dumps(snapshot.state, allow_nan=False, sort_keys=True)
+    (staging / _STATE).write_text(body, encoding="utf-8")
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _step_of(folder: Path) -> int:
+    number = folder.name.removeprefix("step-")
+    return int(number) if number.isdigit() else -1
+
+
+def _corrupt(message: str) -> JobFailure:
+    return JobFailure(
+        FailureClass.CHECKPOINT_CORRUPT,
+        f"the checkpoint cannot be used: {message}",
+        "start again from an older checkpoint, or without one",
+    )

@@ -1,0 +1,256 @@
+"""The training loop: samples in, updates, events and checkpoints out, whatever the method."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.errors import FailureClass, JobFailure
+from tunesmith.nn.batch import flatten
+from tunesmith.nn.language import LanguageModel
+from tunesmith.spec.pipe import Evaluated, Notice, Plan, Step, TrainerEvent
+from tunesmith.spec.train import TrainSpec
+from tunesmith.train import randomness
+from tunesmith.train.batches import Feed, Interrupted, Sample, split
+from tunesmith.train.checkpoint import Saved, Shelf, Snapshot
+from tunesmith.train.counts import Counts
+from tunesmith.train.evaluate import evaluate
+from tunesmith.train.failure import is_disk_full
+from tunesmith.train.memory import peak_bytes
+from tunesmith.train.optimizer import Optimizer
+from tunesmith.train.process import Asks
+from tunesmith.train.report import finite
+from tunesmith.train.schedule import learning_rate
+
+BAD_STEPS = 3
+"""In a row, without a finite loss and gradient, before a job is given up."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one step's passes over the model came to."""
+
+    loss: float
+    """Mean over the step's labels."""
+    tokens: int
+    labels: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a loop is put together from."""
+
+    spec: TrainSpec
+    plan: Plan
+    model: LanguageModel
+    feed: Feed
+    evaluation: Callable[[], Feed] | None
+    """A feed at the beginning of the validation set."""
+    shelf: Shelf
+    save_model: Callable[[Path], None]
+    send: Callable[[TrainerEvent], None]
+    asks: Asks
+    after_first_epoch: Callable[[], None]
+
+
+class Loop:
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._run, self._optim = parts.spec.run, parts.spec.optim
+        self._model, self._feed = parts.model, parts.feed
+        self._optimizer = Optimizer(parts.model.trainable(), parts.spec.optim)
+        self.counts = Counts()
+        self._position = parts.feed.state()
+        self._saved_step: int | None = None
+        self._saved_at = time.monotonic()
+        self._untold = (0, 0.0)
+        """Tokens and seconds since the last event."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the job, by what is known of its rows."""
+        total = max(1, math.ceil(round(self._optim.epochs * self._feed.steps_an_epoch, 6)))
+        if not self.is_total_exact and self._optim.epochs >= 1 and self._feed.epoch == 0:
+            total = max(total, self.counts.step + 1)
+        return total if self._optim.max_steps is None else min(total, self._optim.max_steps)
+
+    @property
+    def is_total_exact(self) -> bool:
+        return self._feed.epoch_samples is not None
+
+    @property
+    def is_done(self) -> bool:
+        return self.counts.step >= self.total_steps
+
+    def restore(self, saved: Saved) -> None:
+        """Go on where a checkpoint was taken. Raises JobFailure where it is another job's."""
+        weights = saved.weights()
+        own = self._model.weights()
+        if {name: tensor.shape for name, tensor in weights.items()} != {
+            name: tensor.shape for name, tensor in own.items()
+        }:
+            raise JobFailure(
+                FailureClass.USER_ERROR,
+                f"{saved.folder.name} holds other weights than this job trains",
+                "resume with the model and the adapter settings the checkpoint was made with",
+            )
+        self._model.load_weights(weights)
+        self._optimizer.restore(saved.optimizer)
+        self.counts = Counts(**saved.state["counts"])
+        self._feed.seek(saved.state["feed"])
+        self._position = self._feed.state()
+        self._saved_step = self.counts.step
+        randomness.restore(saved.random, self._parts.plan.device)
+
+    def run(self) -> bool:
+        """Train to the end, with a checkpoint there. False where a stop was asked for before."""
+        while not self.is_done:
+            if self._parts.asks.should_stop or not self._step():
+                self._save()
+                return False
+            self._position = self._feed.state()
+            self._look_around()
+        self._save()
+        return True
+
+    def _step(self) -> bool:
+        """One update. False where a stop came before there was anything to train on."""
+        began = time.monotonic()
+        rate = learning_rate(self._optim, self.counts.step, self.total_steps)
+        try:
+            samples = self._feed.take()
+        except Interrupted:
+            return False
+        done = self._pass(samples)
+        norm = self._update(done.loss, rate)
+        self._count(done, norm, len(samples), time.monotonic() - began)
+        self._tell(done, rate, norm)
+        self._give_up_on_bad_steps(done.loss, norm)
+        return True
+
+    def _pass(self, samples: list[Sample]) -> Pass:
+        """Forward and backward over a step's samples; each label weighs the same."""
+        labels = sum(sample.labels for sample in samples)
+        total: torch.Tensor | float = 0.0
+        for part in split(samples, self._parts.plan.micro_batch_tokens):
+            batch = flatten([(one.ids, one.mask) for one in part], self._parts.plan.device)
+            loss = self._model.loss_sum(batch) / labels
+            loss.backward()  # type: ignore[no-untyped-call]
+            total = total + loss.detach().double()
+        return Pass(float(total), sum(len(sample.ids) for sample in samples), labels)
+
+    def _update(self, loss: float, rate: float) -> float:
+        """Returns the gradient's norm. No weight changes where it or the loss is not finite."""
+        if not math.isfinite(loss):
+            self._optimizer.drop_gradients()
+            return math.nan
+        norm = self._optimizer.update(rate)
+        if not math.isfinite(norm):
+            self.counts.skipped_updates += 1
+            step = self.counts.step + 1
+            self._notice("update_skipped", f"step {step}: the gradient is not finite; no update")
+        return norm
+
+    def _count(self, done: Pass, norm: float, samples: int, seconds: float) -> None:
+        self.counts.samples += samples
+        self.counts.tokens += done.tokens
+        self.counts.label_tokens += done.labels
+        self.counts.end_step(finite(done.loss), seconds, is_updated=math.isfinite(norm))
+        self._untold = (self._untold[0] + done.tokens, self._untold[1] + seconds)
+
+    def _give_up_on_bad_steps(self, loss: float, norm: float) -> None:
+        if self.counts.bad_steps >= BAD_STEPS:
+            raise JobFailure(
+                FailureClass.NAN_LOSS,
+                f"no finite loss or gradient in {BAD_STEPS} steps in a row, up to step "
+                f"{self.counts.step} (loss {loss}, gradient {norm})",
+            )
+
+    def _tell(self, done: Pass, rate: float, norm: float) -> None:
+        step = self.counts.step
+        if step != 1 and not self.is_done and step % self._run.logging_steps:
+            return
+        tokens, seconds = self._untold
+        self._untold = (0, 0.0)
+        self._parts.send(
+            Step(
+                step=step,
+                total_steps=max(self.total_steps, step),
+                epoch=round(self._feed.progress, 6),
+                loss=finite(done.loss),
+                learning_rate=rate,
+                grad_norm=finite(norm),
+                tokens=done.tokens,
+                label_tokens=done.labels,
+                tokens_per_second=round(tokens / max(seconds, 1e-9), 3),
+                peak_memory_bytes=peak_bytes(self._parts.plan.device),
+                cpu_seconds=round(time.process_time(), 3),
+                eta_seconds=self.counts.seconds_for(self.total_steps - step),
+            )
+        )
+
+    def _look_around(self) -> None:
+        """What is due between two steps: an evaluation, a checkpoint."""
+        asks = self._parts.asks
+        if self._feed.is_between_epochs and self._feed.epoch == 1:
+            self._parts.after_first_epoch()
+        if self._is_due(self._run.eval_steps) or self._feed.is_between_epochs or self.is_done:
+            self._evaluate()
+        is_time = time.monotonic() - self._saved_at >= self._run.save_seconds
+        if asks.should_checkpoint or is_time or self._is_due(self._run.save_steps):
+            asks.should_checkpoint = False
+            self._save()
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.counts.step % every == 0
+
+    def _evaluate(self) -> None:
+        if self._parts.evaluation is None:
+            return
+        asks, plan = self._parts.asks, self._parts.plan
+        metrics = evaluate(
+            self._model, self._parts.evaluation(), plan, should_stop=lambda: asks.should_stop
+        )
+        if metrics is not None:
+            self.counts.metrics = metrics
+            self._parts.send(Evaluated(step=self.counts.step, metrics=metrics))
+
+    def _save(self) -> None:
+        """A checkpoint of the last whole step, once a step. A full disk costs it, not the job."""
+        if self.counts.step in (0, self._saved_step):
+            return
+        try:
+            self._parts.send(self._parts.shelf.write(self._snapshot()))
+            self._saved_step = self.counts.step
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            self._notice(
+                "checkpoint_failed",
+                f"step {self.counts.step}: no space for a checkpoint; the older ones are kept",
+            )
+        self._saved_at = time.monotonic()
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
+            step=self.counts.step,
+            save_model=self._parts.save_model,
+            optimizer=self._optimizer.state(),
+            random=randomness.capture(self._parts.plan.device),
+            state=self._state(),
+        )
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "counts": asdict(self.counts),
+            "feed": self._position,
+            "plan": self._parts.plan.model_dump(),
+            "spec": self._parts.spec.model_dump(mode="json"),
+        }
+
+    def _notice(self, code: str, message: str) -> None:
+        self._parts.send(Notice(level="warning", code=code, message=message))

@@ -1,0 +1,72 @@
+"""Events on their way out: one JSON object a line, ASCII only, never NaN."""
+
+import json
+import math
+import os
+import sys
+
+from tunesmith.spec.pipe import (
+    Checkpointed,
+    Evaluated,
+    Failed,
+    Finished,
+    Notice,
+    Started,
+    Step,
+    Stopped,
+    TrainerEvent,
+)
+
+
+class Report:
+    """Writes events to a descriptor. Raises BrokenPipeError where nobody reads any more."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def send(self, event: TrainerEvent) -> None:
+        text = json.dumps(event.model_dump(mode="json"), ensure_ascii=True, allow_nan=False)
+        rest = memoryview(text.encode("ascii") + b"\n")
+        while rest:
+            rest = rest[os.write(self._descriptor, rest) :]
+        print(line_of(event), file=sys.stderr, flush=True)
+
+
+def line_of(event: TrainerEvent) -> str:
+    """The same for the log, in words."""
+    match event:
+        case Step():
+            loss = "not finite" if event.loss is None else f"{event.loss:.4f}"
+            left = "" if event.eta_seconds is None else f", {event.eta_seconds:,.0f} s left"
+            return (
+                f"step {event.step}/{event.total_steps}: loss {loss}, "
+                f"learning rate {event.learning_rate:.3g}, "
+                f"{event.tokens_per_second:,.0f} tokens/s{left}"
+            )
+        case Started():
+            return (
+                f"started: {event.trainable_parameters:,} of {event.parameters:,} parameters, "
+                f"{event.total_steps} steps, from step {event.start_step}, {event.plan!r}"
+            )
+        case Evaluated():
+            metrics = ", ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
+            return f"step {event.step}: {metrics}"
+        case Checkpointed():
+            return f"step {event.step}: checkpoint {event.path}, {event.size_bytes:,} bytes"
+        case Notice():
+            return f"{event.level}: {event.message}"
+        case Finished():
+            return f"finished at step {event.step}: {event.artifact}"
+        case Stopped():
+            return f"stopped at step {event.step}"
+        case Failed():
+            return f"failed ({event.failure_class}): {event.message} ({event.hint})"
+
+
+def finite(number: float) -> float | None:
+    """The number, or None where JSON has no word for it."""
+    return number if math.isfinite(number) else None
+
+
+def finite_only(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
