@@ -1,0 +1,130 @@
+"""Text in, text out: the engine's human-readable face."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tokenizers import Tokenizer
+
+from tunesmith.errors import BadRequestError
+from tunesmith.infer.detokenize import Detokenizer, StopWatch
+from tunesmith.infer.engine import Ask, Engine, Stream
+from tunesmith.infer.sequence import Token
+from tunesmith.infer.voices import Voice
+from tunesmith.spec.chat import Delta, Message, Sampling
+
+T = TypeVar("T")
+
+_SHORT_TEXT = 4096
+"""Characters that are tokenized on the event loop; longer texts go to a thread."""
+_MESSAGE_COST = 200
+"""What rendering a message costs beside its text, in characters."""
+_SHRINKAGE = 4
+_readers = ThreadPoolExecutor(2, thread_name_prefix="reader")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A delta of the `index`-th sequence."""
+
+    index: int
+    delta: Delta
+
+
+async def read_messages(voice: Voice, messages: Sequence[Message], engine: Engine) -> list[int]:
+    """Render a conversation up to where the answer begins."""
+    characters = sum(len(each.content or "") for each in messages)
+    refuse_hopeless(voice, characters, engine, "messages")
+    size = characters + _MESSAGE_COST * len(messages)
+    return await _off_loop(size, lambda: list(voice.renderer.prompt_ids(messages)))
+
+
+async def read_text(voice: Voice, text: str, engine: Engine) -> list[int]:
+    """The ids of a plain prompt."""
+    refuse_hopeless(voice, len(text), engine, "prompt")
+    return await _off_loop(len(text), lambda: list(voice.renderer.encode_text(text)))
+
+
+def refuse_hopeless(voice: Voice, characters: int, engine: Engine, param: str) -> None:
+    """Refuse, before any work is done on it, a text that no tokenization could make fit.
+
+    Raises BadRequestError (`context_length_exceeded`). A tokenizer may drop blanks or merge
+    characters first; the allowance for that is generous.
+    """
+    least = characters // (voice.longest_token * _SHRINKAGE)
+    if least > engine.context_length:
+        raise BadRequestError(
+            f"the context holds {engine.context_length} tokens; the prompt has {characters} "
+            f"characters, which are more than {least}",
+            error_code="context_length_exceeded",
+            param=param,
+        )
+
+
+def fit(prompt: Sequence[int], asked: int | None, default: int, engine: Engine, param: str) -> int:
+    """Tokens to generate: what was asked, or the default as far as the context goes.
+
+    Raises BadRequestError (`context_length_exceeded`) with the numbers where it does not fit.
+    """
+    limit = engine.context_length
+    room = limit - len(prompt)
+    if not prompt:
+        raise BadRequestError("the prompt has no tokens; give at least one", param=param)
+    if room < (asked or 1):
+        wanted = f" and asks for {asked} more" if asked else ", which leaves no room for an answer"
+        raise BadRequestError(
+            f"the context holds {limit} tokens; the prompt has {len(prompt)}{wanted}",
+            error_code="context_length_exceeded",
+            param=param,
+        )
+    return asked or min(default, room)
+
+
+def ask(voice: Voice, prompt: list[int], sampling: Sampling, count: int) -> Ask:
+    return Ask(prompt, sampling, voice.renderer.stop_ids, voice.adapter, count)
+
+
+async def reply(stream: Stream, tokenizer: Tokenizer) -> AsyncGenerator[Piece, None]:
+    """Yield the stream's text as it becomes certain; the last of each sequence has `finish`.
+
+    Every token brings a piece, if with empty text. Closing it closes the stream.
+    """
+    writers = [_Writer(tokenizer, each.sampling.stop) for each in stream.sequences]
+    open_ones = set(range(len(writers)))
+    try:
+        while open_ones:
+            token = await stream.next()
+            if token.index not in open_ones:
+                continue
+            delta = writers[token.index].write(token)
+            if delta.finish is not None:
+                open_ones.discard(token.index)
+                stream.drop(token.index)
+            yield Piece(token.index, delta)
+    finally:
+        stream.close()
+
+
+class _Writer:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._watch = StopWatch(stops)
+
+    def write(self, token: Token) -> Delta:
+        text = "" if token.finish == "stop" else self._detokenizer.push(token.id)
+        if token.finish is not None:
+            text += self._detokenizer.flush()
+        text, is_stopped = self._watch.push(text)
+        if is_stopped:
+            return Delta(text=text, token_id=token.id, finish="stop")
+        if token.finish is not None:
+            text += self._watch.flush()
+        return Delta(text=text, token_id=token.id, finish=token.finish)
+
+
+async def _off_loop(size: int, work: Callable[[], T]) -> T:
+    if size <= _SHORT_TEXT:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_readers, work)

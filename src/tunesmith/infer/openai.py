@@ -1,0 +1,270 @@
+"""OpenAI's words for a completion: requests checked and translated, answers put together."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+
+from tunesmith.errors import BadRequestError
+from tunesmith.spec.chat import MAX_TEXT, Message, Sampling
+
+MAX_MESSAGES = 2048
+MAX_PROMPTS = 64
+MAX_SEQUENCES = 64
+"""Prompts times `n`."""
+DEFAULT_CHAT_TOKENS = 4096
+DEFAULT_COMPLETION_TOKENS = 16
+
+Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+
+
+class Wire(BaseModel):
+    """A part of a request: types as they are, unknown fields ignored as OpenAI's API does."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _as_list(value: Any) -> Any:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+class StreamOptions(Wire):
+    include_usage: bool | None = None
+
+
+class Options(Wire):
+    """What both kinds of completion take; null means the default."""
+
+    model: str = Field(min_length=1, max_length=512)
+    max_tokens: int | None = Field(None, ge=1, le=1 << 20)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=1 << 20)
+    """0 and -1 keep all."""
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    n: int | None = Field(None, ge=1, le=16)
+    stop: Annotated[
+        list[Annotated[str, StringConstraints(min_length=1, max_length=1000)]],
+        Field(max_length=16),
+        BeforeValidator(_as_list),
+    ] = []
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def count(self) -> int:
+        return self.n or 1
+
+    @property
+    def has_usage_chunk(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self, max_tokens: int) -> Sampling:
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=self.top_p or 1.0,
+            top_k=max(self.top_k or 0, 0),
+            repetition_penalty=self.repetition_penalty or 1.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            seed=self.seed,
+            stop=tuple(self.stop),
+        )
+
+
+class TextPart(Wire):
+    type: Literal["text"]
+    text: Text
+
+
+def _as_parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class ChatMessage(Wire):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[
+        list[TextPart] | None, Field(max_length=1000), BeforeValidator(_as_parts)
+    ] = None
+    name: str | None = Field(None, max_length=256)
+    tool_calls: list[dict[str, Any]] | None = Field(None, max_length=256)
+    tool_call_id: str | None = Field(None, max_length=256)
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError(f"a message of role {self.role} needs content")
+        return self
+
+    def message(self) -> Message:
+        text = None if self.content is None else "".join(part.text for part in self.content)
+        if text is not None and len(text) > MAX_TEXT:
+            raise BadRequestError(f"a message has over {MAX_TEXT} characters", param="messages")
+        return Message(
+            role=self.role,
+            content=text,
+            name=self.name,
+            tool_calls=tuple(self.tool_calls) if self.tool_calls else None,
+            tool_call_id=self.tool_call_id,
+        )
+
+
+class ChatRequest(Options):
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(None, ge=1, le=1 << 20)
+
+    @property
+    def asked_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=1 << 20)]
+
+
+def _as_prompts(value: Any) -> Any:
+    """One prompt becomes a list of one: a string, or a list of ids."""
+    if isinstance(value, str) or (isinstance(value, list) and value and _is_id(value[0])):
+        return [value]
+    return value
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class CompletionRequest(Options):
+    prompt: Annotated[
+        list[Text | Ids],
+        Field(min_length=1, max_length=MAX_PROMPTS),
+        BeforeValidator(_as_prompts),
+    ]
+
+
+_NOT_YET: Mapping[str, tuple[Any, ...]] = {
+    "logit_bias": (None, {}),
+    "min_p": (None, 0, 0.0),
+    "min_tokens": (None, 0),
+    "ignore_eos": (None, False),
+    "stop_token_ids": (None, []),
+    "use_beam_search": (None, False),
+}
+"""Options that are known and not served, with the values that ask for nothing."""
+_NOT_YET_IN_CHAT: Mapping[str, tuple[Any, ...]] = {
+    **_NOT_YET,
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "response_format": (None, {"type": "text"}),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "web_search_options": (None,),
+}
+_NOT_YET_IN_COMPLETIONS: Mapping[str, tuple[Any, ...]] = {
+    **_NOT_YET,
+    "logprobs": (None, False),
+    "echo": (None, False),
+    "suffix": (None, ""),
+    "best_of": (None, 1),
+}
+
+
+def refuse_unsupported(body: dict[str, Any], kind: type[Options]) -> None:
+    """Raise BadRequestError naming the first option that would have to be ignored in silence."""
+    table = _NOT_YET_IN_CHAT if kind is ChatRequest else _NOT_YET_IN_COMPLETIONS
+    for name, neutral in table.items():
+        value = body.get(name)
+        if not any(type(value) is type(each) and value == each for each in neutral):
+            raise BadRequestError(
+                f"{name} is not supported by this engine; leave it out",
+                error_code="unsupported_parameter",
+                param=name,
+            )
+
+
+@dataclass(slots=True)
+class Usage:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def wire(self) -> dict[str, int]:
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
+
+
+@dataclass(frozen=True)
+class Form:
+    """One answer's envelope: its id, its time, and whether it is a chat or a plain completion."""
+
+    id: str
+    model: str
+    is_chat: bool
+    created: int
+
+    @classmethod
+    def new(cls, request_id: str, model: str, is_chat: bool) -> "Form":
+        prefix = "chatcmpl" if is_chat else "cmpl"
+        return cls(f"{prefix}-{request_id}", model, is_chat, int(time.time()))
+
+    def whole(self, texts: Sequence[str], finishes: Sequence[str], usage: Usage) -> dict[str, Any]:
+        """The answer to a request that does not stream."""
+        choices = [
+            self._choice(index, finish, text)
+            for index, (text, finish) in enumerate(zip(texts, finishes, strict=True))
+        ]
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return {**self._envelope(kind), "choices": choices, "usage": usage.wire()}
+
+    def first(self, index: int) -> dict[str, Any]:
+        """A chat stream's opening chunk of a choice: the role."""
+        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
+
+    def piece(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
+        """A chunk of a stream."""
+        if self.is_chat:
+            return self._chunk(index, {"delta": {"content": text} if text else {}}, finish)
+        return self._chunk(index, {"text": text}, finish)
+
+    def usage(self, usage: Usage) -> dict[str, Any]:
+        """The chunk that `include_usage` asks for, after the last choice."""
+        return {**self._envelope(self._chunk_kind), "choices": [], "usage": usage.wire()}
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.is_chat else "text_completion"
+
+    def _choice(self, index: int, finish: str, text: str) -> dict[str, Any]:
+        said = (
+            {"message": {"role": "assistant", "content": text, "refusal": None}}
+            if self.is_chat
+            else {"text": text}
+        )
+        return {"index": index, **said, "finish_reason": finish, "logprobs": None}
+
+    def _chunk(self, index: int, said: dict[str, Any], finish: str | None) -> dict[str, Any]:
+        choice = {"index": index, **said, "finish_reason": finish, "logprobs": None}
+        return {**self._envelope(self._chunk_kind), "choices": [choice]}
+
+    def _envelope(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}

@@ -1,0 +1,61 @@
+"""One continuation under way inside the engine, and the tokens that come out of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Literal
+
+from tunesmith.spec.chat import Sampling
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One sampled id of the `index`-th sequence of a request."""
+
+    index: int
+    id: int
+    finish: Finish | None = None
+    """Set on a sequence's last token only; `stop` means that the id itself is a stop token."""
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """A prompt and what has been sampled after it.
+
+    Only the engine's thread touches it, but for `is_cancelled`, which anyone may set.
+    """
+
+    prompt: list[int]
+    sampling: Sampling
+    emit: Callable[[Token | Exception], None]
+    """Called on the engine's thread with each token, or once with what went wrong."""
+    index: int = 0
+    adapter: str | None = None
+    """The engine's own key of it, not its public name."""
+    stop_ids: frozenset[int] = frozenset()
+    generated: list[int] = field(default_factory=list)
+    computed: int = 0
+    """Leading tokens whose keys and values are in the cache."""
+    blocks: int = 0
+    """Cache blocks that the scheduler has promised to it."""
+    random: Random = field(default_factory=Random)
+    """Its own numbers: they outlive an eviction and owe nothing to its neighbours."""
+    is_cancelled: bool = False
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.generated)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that must still go through the model before the next one can be sampled."""
+        return self.length - self.computed
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """The ids of positions `start` to `end`, across prompt and continuation."""
+        cut = len(self.prompt)
+        if end <= cut:
+            return self.prompt[start:end]
+        return self.prompt[start:cut] + self.generated[max(start - cut, 0) : end - cut]

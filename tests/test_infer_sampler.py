@@ -1,0 +1,108 @@
+"""Sampling: golden values and the laws behind them."""
+
+from collections import Counter
+from random import Random
+
+import pytest
+import torch
+
+from tunesmith.infer.sampler import Draw, keep_top_k, keep_top_p, pick, sample, shape, weaken_seen
+from tunesmith.spec.chat import Sampling
+
+LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0])
+
+
+def draw(uniform: float = 0.0, generated: tuple[int, ...] = (), **asked: object) -> Draw:
+    return Draw(Sampling.model_validate(asked), (3,), generated, uniform)
+
+
+def kept(logits_BV: torch.Tensor) -> list[list[int]]:
+    return [row.isfinite().nonzero().flatten().tolist() for row in logits_BV]
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
+    rows = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(4, 1)
+    assert kept(keep_top_p(rows, torch.tensor([0.4, 0.7, 0.9, 1.0]))) == [
+        [0],
+        [0, 1],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+    ]
+
+
+def test_a_tiny_top_p_keeps_the_likeliest() -> None:
+    assert kept(keep_top_p(LOGITS[None], torch.tensor([1e-9]))) == [[0]]
+
+
+def test_top_k_is_each_rows_own() -> None:
+    rows = keep_top_k(LOGITS.repeat(3, 1), torch.tensor([1, 3, 0]))
+    assert kept(rows) == [[0], [0, 1, 2], [0, 1, 2, 3]]
+
+
+def test_temperature_scales_before_the_softmax() -> None:
+    asked = [Sampling(temperature=0.5), Sampling(temperature=2)]
+    weights = shape(asked, LOGITS.repeat(2, 1))
+    torch.testing.assert_close(weights[0], (LOGITS * 2).softmax(0))
+    torch.testing.assert_close(weights[1], (LOGITS / 2).softmax(0))
+
+
+def test_a_temperature_near_zero_is_greedy_and_not_nan() -> None:
+    weights = shape([Sampling(temperature=1e-300)], (LOGITS * 1e4)[None])
+    assert weights[0].tolist() == [1, 0, 0, 0]
+
+
+def test_top_p_comes_after_top_k_as_in_transformers() -> None:
+    weights = shape([Sampling(temperature=1, top_k=2, top_p=0.6)], LOGITS[None])
+    assert weights[0].tolist() == [1, 0, 0, 0]
+
+
+def test_repetition_penalty_weakens_both_signs() -> None:
+    weakened = weaken_seen(torch.tensor([3.0, -3.0]), 1.5)
+    assert weakened.tolist() == [2.0, -4.5]
+
+
+def test_repetition_counts_the_prompt_and_presence_does_not() -> None:
+    row = torch.tensor([[0.0, 1.0, 0.0, 1.1]])
+    assert sample(row.clone(), [draw(temperature=0)]) == [3]
+    assert sample(row.clone(), [draw(temperature=0, repetition_penalty=1.5)]) == [1]
+    assert sample(row.clone(), [draw(temperature=0, presence_penalty=2)]) == [3]
+    assert sample(row.clone(), [draw(temperature=0, presence_penalty=2, generated=(3,))]) == [1]
+
+
+def test_frequency_penalty_grows_with_each_repeat() -> None:
+    row = torch.tensor([[1.0, 0.0, 0.0]])
+    asked = {"temperature": 0, "frequency_penalty": 0.4}
+    assert sample(row.clone(), [draw(generated=(0, 0), **asked)]) == [0]
+    assert sample(row.clone(), [draw(generated=(0, 0, 0), **asked)]) == [1]
+
+
+@pytest.mark.parametrize(
+    ("uniform", "expected"), [(0.0, 0), (0.49, 0), (0.5, 1), (0.79, 1), (0.8, 3), (0.999999, 3)]
+)
+def test_a_uniform_number_is_looked_up_in_the_distribution(uniform: float, expected: int) -> None:
+    assert pick(torch.tensor([0.5, 0.3, 0.0, 0.2]), uniform) == expected
+
+
+def test_a_token_of_weight_zero_is_never_drawn() -> None:
+    weights = torch.tensor([0.0, 0.3, 0.7, 0.0])
+    assert {pick(weights, i / 1000) for i in range(1000)} == {1, 2}
+
+
+def test_draws_follow_the_weights() -> None:
+    random, weights = Random(1), torch.tensor([0.1, 0.2, 0.7])
+    counts = Counter(pick(weights, random.random()) for _ in range(4000))
+    assert [round(counts[i] / 4000, 1) for i in range(3)] == [0.1, 0.2, 0.7]
+
+
+def test_a_row_is_sampled_alike_alone_and_among_others() -> None:
+    torch.manual_seed(3)
+    rows = torch.randn(6, 50)
+    draws = [draw(0.37, temperature=0.9, top_p=0.8, top_k=k) for k in (0, 1, 5, 20, 50, 90)]
+    together = sample(rows.clone(), draws)
+    alone = [sample(rows[i : i + 1].clone(), [draws[i]])[0] for i in range(6)]
+    assert together == alone
+
+
+def test_greedy_and_sampled_rows_share_a_batch() -> None:
+    rows = torch.tensor([[0.0, 5.0, 0.0], [0.0, 0.0, 9.0]])
+    assert sample(rows, [draw(temperature=0), draw(0.5, temperature=1)]) == [1, 2]
