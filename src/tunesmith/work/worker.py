@@ -1,0 +1,282 @@
+"""The hands of one host: ask for work, run what fits, report, stop cleanly."""
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import logging
+import math
+import os
+import signal
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from tunesmith.errors import AuthenticationError, TuningAPIError
+from tunesmith.settings import Settings
+from tunesmith.spec.hands import Assignment, HeldAttempt, Orders, WorkAsk, WorkReply
+from tunesmith.spec.records import Outcome
+from tunesmith.work.attempt import Attempt, Pace, attempt_summary
+from tunesmith.work.capacity import Host, host_name, visible_gpus
+from tunesmith.work.engines import Engines
+from tunesmith.work.fork import Forker
+from tunesmith.work.receipt import Receipt, left_over
+from tunesmith.work.wire import Unreachable, Wire
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_SECONDS = 30.0
+"""For trainers to write a checkpoint and end, before they are killed."""
+DELIVER_SECONDS = 3.0
+"""For an API that is away, at the end: what could not be told is kept as a receipt."""
+EXIT_LOCKED = 75
+
+
+def run(settings: Settings, server: str | None = None, token: str | None = None) -> int:
+    """Work until SIGTERM or SIGINT. Returns the exit status; 75 where another worker is here."""
+    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (settings.home / "worker.lock").open("a") as lock:
+        if not _locked(lock, patience_seconds=0.5):
+            log.error("another worker already serves this workspace on this host")
+            return EXIT_LOCKED
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        asyncio.run(Worker(settings, server, token).work())
+    return 0
+
+
+def is_running(settings: Settings) -> bool:
+    """Whether a worker holds this workspace's lock on this host."""
+    place = settings.home / "worker.lock"
+    if not place.exists():
+        return False
+    with place.open("a") as lock:
+        if _locked(lock):
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            return False
+    return True
+
+
+def running_pid(settings: Settings) -> int | None:
+    """The worker's process id, as it wrote it down; None where none is running."""
+    if not is_running(settings):
+        return None
+    text = (settings.home / "worker.lock").read_text().strip()
+    return int(text) if text.isdigit() and _is_ours(int(text)) else None
+
+
+def _is_ours(pid: int) -> bool:
+    """A number that is left over from an earlier worker may be anyone's by now."""
+    try:
+        return b"tunesmith" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _locked(lock: TextIO, patience_seconds: float = 0) -> bool:
+    """A look at the lock takes it for a moment: who wants it for good tries a few times."""
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+        else:
+            return True
+
+
+@dataclass
+class Worker:
+    settings: Settings
+    server: str | None = None
+    token: str | None = None
+    _attempts: dict[HeldAttempt, tuple[Attempt, "asyncio.Task[None]"]] = field(default_factory=dict)
+    """By job and fence: a job may be claimed anew before its fenced attempt has gone."""
+    _returning: dict[HeldAttempt, "asyncio.Task[None]"] = field(default_factory=dict)
+    """Receipts of an earlier worker, under way."""
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        home = self.settings.home
+        place = hashlib.sha256(str(home).encode()).hexdigest()[:8]
+        self.worker_id = f"{host_name()[:64]}-{place}"
+        self.boot_id = uuid.uuid4().hex
+        self._claim_id = uuid.uuid4().hex
+        self.host = Host(
+            self.settings.slots,
+            self.settings.memory_reserve_bytes,
+            visible_gpus(self.settings.visible_gpus),
+        )
+        self.pace = Pace(self.settings.heartbeat_seconds, self.settings.max_log_bytes)
+
+    async def work(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        home = self.settings.home
+        self.wire = Wire(home, self.server, self.token)
+        self.forker = Forker(self.settings.should_fork_trainers, home / "zygote.log")
+        self.engines = Engines(self.worker_id, self.wire, self.forker, self.settings.max_log_bytes)
+        self.forker.warm_up()
+        self._send_receipts()
+        asking = asyncio.create_task(self._ask_for_ever())
+        stopped = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait([asking, stopped], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (asking, stopped):
+                task.cancel()
+            [failure, _] = await asyncio.gather(asking, stopped, return_exceptions=True)
+            await self._shut_down()
+        if isinstance(failure, Exception):
+            raise failure
+
+    async def _shut_down(self) -> None:
+        """Trainers write a checkpoint and end, their jobs are queued again; engines end."""
+        log.info("stopping: %d attempts", len(self._attempts))
+        for attempt, _ in self._attempts.values():
+            attempt.stop(SHUTDOWN_SECONDS)
+        await asyncio.gather(self.engines.close(), self._see_off())
+        self.forker.close()
+        await self.wire.close()
+
+    async def _see_off(self) -> None:
+        """Until all attempts have ended, and those that only wait for the API had their chance."""
+        deadline = time.monotonic() + SHUTDOWN_SECONDS + 5
+        only_waiting_since = math.inf
+        await self._give_back()
+        while self._attempts and (now := time.monotonic()) < deadline:
+            if not all(attempt.is_delivering for attempt, _ in self._attempts.values()):
+                only_waiting_since = math.inf
+            else:
+                only_waiting_since = min(only_waiting_since, now)
+                if now - only_waiting_since > DELIVER_SECONDS:
+                    return
+            tasks = [task for _, task in self._attempts.values()]
+            await asyncio.wait(tasks, timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _give_back(self) -> None:
+        """A claim may have been on its way to us when the poll was broken off: ask for it again,
+        and return it unused, so that its job need not wait for the lease to lapse."""
+        full = self.host.capacity().model_copy(update={"slots": 0, "gpus": (), "memory_bytes": 0})
+        last = self._question(self._claim_id).model_copy(
+            update={"capacity": full, "wait_seconds": 0}
+        )
+        with contextlib.suppress(Unreachable, TuningAPIError):
+            reply = await self.wire.ask("/work", last, WorkReply, seconds=3)
+            if reply.attempt is not None and not self._has(reply.attempt):
+                path = f"/attempts/{reply.attempt.job_id}/{reply.attempt.fence}/finish"
+                outcome = Outcome(kind="stopped")
+                await self.wire.ask(path, outcome, Orders, reply.attempt.token, seconds=3)
+
+    def _send_receipts(self) -> None:
+        for folder, receipt in left_over(self.settings.home / "jobs"):
+            log.info("delivering the outcome that was left at %s", receipt.path)
+            task = asyncio.create_task(self._redeliver(folder, receipt))
+            self._returning[receipt.attempt] = task
+
+    async def _redeliver(self, folder: Path, receipt: Receipt) -> None:
+        try:
+            if await receipt.deliver(self.wire):
+                Receipt.forget(folder)
+        finally:
+            self._returning.pop(receipt.attempt, None)
+
+    async def _ask_for_ever(self) -> None:
+        """A long poll, asked anew whenever this host's capacity changes."""
+        pause = 0.2
+        while True:
+            self._changed.clear()
+            asking = asyncio.create_task(self._ask(self._claim_id))
+            changed = asyncio.create_task(self._changed.wait())
+            try:
+                await asyncio.wait([asking, changed], return_when=asyncio.FIRST_COMPLETED)
+                if not asking.done():
+                    # a claim may be on its way to us: the same claim id brings it again
+                    continue
+                reply = asking.result()
+            except Unreachable:
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 5)
+                continue
+            except AuthenticationError as error:
+                if pause < 5:  # said a few times, not for ever
+                    log.error("the API does not know this worker's token: %s", error)
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 5)
+                continue
+            except TuningAPIError as error:
+                log.error("the API refused to give work: %s", error)
+                await asyncio.sleep(5)
+                continue
+            finally:
+                asking.cancel()
+                changed.cancel()
+                await asyncio.gather(asking, changed, return_exceptions=True)
+            pause = 0.2
+            self._claim_id = uuid.uuid4().hex
+            self._obey(reply)
+
+    async def _ask(self, claim_id: str) -> WorkReply:
+        self.forker.warm_up()
+        return await self.wire.ask("/work", self._question(claim_id), WorkReply)
+
+    def _question(self, claim_id: str) -> WorkAsk:
+        return WorkAsk(
+            worker_id=self.worker_id,
+            boot_id=self.boot_id,
+            claim_id=claim_id,
+            capacity=self.host.capacity(),
+            engines=self.engines.statuses(),
+            held=self._held(),
+            host={"name": host_name(), "pid": os.getpid(), "cores": os.cpu_count() or 1},
+        )
+
+    def _held(self) -> tuple[HeldAttempt, ...]:
+        return tuple({*self._attempts, *self._returning})
+
+    def _has(self, job: Assignment) -> bool:
+        return HeldAttempt(job_id=job.job_id, fence=job.fence) in self._attempts
+
+    def _obey(self, reply: WorkReply) -> None:
+        if reply.attempt is not None and not self._has(reply.attempt):
+            self._begin(Attempt(reply.attempt, self.worker_id, self.wire, self.forker, self.pace))
+        for order in reply.engines:
+            self.engines.obey(order)
+        for held in reply.nudges:
+            if held in self._attempts:
+                self._attempts[held][0].nudge()
+
+    def _begin(self, attempt: Attempt) -> None:
+        log.info("claimed %s", attempt_summary(attempt.job))
+        task = asyncio.create_task(attempt.run())
+        self._attempts[attempt.held] = (attempt, task)
+        self.host.held[attempt.held] = attempt.job
+        task.add_done_callback(lambda done: self._ended(attempt.held, done))
+
+    def _ended(self, held: HeldAttempt, task: "asyncio.Task[None]") -> None:
+        self._attempts.pop(held, None)
+        self.host.held.pop(held, None)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("job %s: supervising failed", held.job_id, exc_info=task.exception())
+        self._changed.set()
+
+
+def main() -> int:
+    """`python -m tunesmith.work.worker`: as the server starts it, its settings by environment."""
+    settings = Settings.read()
+    logging.basicConfig(
+        level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    return run(settings)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
