@@ -1,0 +1,88 @@
+"""One application: the contracts over one hub, with one shape of error each."""
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tunesmith import VERSION
+from tunesmith.api import faults, operator, workers
+from tunesmith.api.auth import LOOPBACK_ORIGIN
+from tunesmith.api.families import events, health, openai, training, uploads
+from tunesmith.api.stream import Watcher
+from tunesmith.hub import Hub
+from tunesmith.hub.sweep import sweep
+from tunesmith.settings import Settings
+
+TRAINING_ROLE = (training.router, uploads.router, events.router)
+ALL_ROLE = (*TRAINING_ROLE, openai.router)
+
+
+def create_app(hub: Hub, role: str = "all") -> FastAPI:
+    """The application over an open hub; `role` "training" leaves the inference routes out."""
+    app: FastAPI = FastAPIOffline(
+        title="Tunesmith",
+        version=VERSION,
+        description="Fine-tuning on your own machines: submit, follow, chat with the result.",
+        lifespan=_lifespan,
+    )
+    app.state.hub = hub
+    faults.install(app)
+    for router in (health.router, *(ALL_ROLE if role == "all" else TRAINING_ROLE)):
+        app.include_router(router)
+    app.include_router(workers.router)
+    app.include_router(operator.router)
+    app.add_middleware(RequestId)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(hub.settings.cors_origins),
+        allow_origin_regex=LOOPBACK_ORIGIN,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id"],
+    )
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    hub: Hub = app.state.hub
+    watcher = Watcher()
+    app.state.watcher = watcher
+    hub.store.on_commit(watcher.notify)
+    await workers.attempt_to(asyncio.to_thread(sweep, hub))  # before anything new comes in
+    async with hub.running(watcher):
+        keeper = asyncio.create_task(workers.keep_house(hub))
+        yield
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+
+
+class RequestId:
+    """Each answer carries an `x-request-id`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).setdefault("x-request-id", f"req-{uuid.uuid4().hex}")
+            await send(message)
+
+        await self.app(scope, receive, marked)
+
+
+def app_from_environment() -> FastAPI:
+    """For `uvicorn --factory tunesmith.api.app:app_from_environment`."""
+    return create_app(Hub.open(Settings.read()))

@@ -1,0 +1,36 @@
+"""Open to anyone: the server's greeting and its health, for two contracts at once."""
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Depends
+
+from tunesmith import VERSION
+from tunesmith.api.auth import anyone
+from tunesmith.api.deps import HubDep
+
+router = APIRouter(tags=["health"], dependencies=[Depends(anyone)])
+_STARTED = time.monotonic()
+
+
+@router.get("/", summary="What this is")
+def greet() -> dict[str, str]:
+    return {
+        "message": "Tunesmith: fine-tuning on your own machines",
+        "version": VERSION,
+        "docs": "/docs",
+    }
+
+
+@router.get("/health", summary="Whether the server works, and what it is busy with")
+def health(hub: HubDep) -> dict[str, Any]:
+    active, total = hub.job_counts()
+    return {
+        "status": "healthy",
+        "version": VERSION,
+        "uptime": round(time.monotonic() - _STARTED, 3),
+        "active_jobs": active,
+        "total_jobs": total,
+        "workers": hub.hands.living_workers(),
+        **hub.engines.health(),
+    }

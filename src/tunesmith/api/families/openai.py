@@ -1,0 +1,137 @@
+"""The OpenAI contract, as far as it is inference: models, chat completions, completions.
+
+The body goes to the engine that holds the model as it came, but for the model's name; what comes
+back goes to the client as it comes.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import StreamingResponse
+
+from tunesmith.api.auth import KeyHolder, key_holder
+from tunesmith.api.deps import HubDep
+from tunesmith.api.stream import EventStream
+from tunesmith.api.strict import StrictRoute, read_json
+from tunesmith.errors import BadRequestError
+from tunesmith.hub import Hub
+from tunesmith.hub.engines import Answer
+from tunesmith.spec.chat import MAX_TEXT
+
+
+class OpenAiRoute(StrictRoute):
+    def body_limit(self, hub: Hub) -> int:
+        return hub.settings.max_chat_bytes
+
+
+router = APIRouter(
+    prefix="/v1", tags=["openai"], route_class=OpenAiRoute, dependencies=[Depends(key_holder)]
+)
+
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["model"],
+                    "properties": {
+                        "model": {
+                            "type": "string",
+                            "minLength": 1,
+                            "maxLength": 4096,
+                            "description": "ft:…, an output folder, a registered name or a path",
+                        },
+                        "messages": {
+                            "type": "array",
+                            "minItems": 1,
+                            "maxItems": 2048,
+                            "description": "the conversation (chat completions)",
+                            "items": {"type": "object"},
+                        },
+                        "prompt": {
+                            "type": "string",
+                            "maxLength": MAX_TEXT,
+                            "description": "the text to go on with (completions)",
+                        },
+                        "stream": {
+                            "type": "boolean",
+                            "description": "answer with server-sent events",
+                        },
+                        "max_tokens": {
+                            "type": "integer",
+                            "minimum": 1,
+                            "maximum": 1 << 20,
+                            "description": "of the answer",
+                        },
+                        "temperature": {
+                            "type": "number",
+                            "minimum": 0,
+                            "maximum": 2,
+                            "description": "0 is greedy",
+                        },
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.get("/models", summary="Models that can be named in a request")
+def list_models(hub: HubDep, who: KeyHolder) -> dict[str, Any]:
+    data = [
+        {"id": name, "object": "model", "created": int(created), "owned_by": owner}
+        for name, created, owner in hub.served_names(who)
+    ]
+    return {"object": "list", "data": data}
+
+
+@router.get("/models/{model:path}", summary="One model")
+def get_model(model: str, hub: HubDep, who: KeyHolder) -> dict[str, Any]:
+    found = hub.find_model(model, who, field="model")
+    return {"id": model, "object": "model", "created": 0, "owned_by": found.owner}
+
+
+@router.post("/chat/completions", summary="Chat with a model", openapi_extra=_BODY)
+async def chat(request: Request, hub: HubDep, who: KeyHolder) -> Response:
+    return await _forward("/v1/chat/completions", request, hub, who)
+
+
+@router.post("/completions", summary="Continue a text", openapi_extra=_BODY)
+async def complete(request: Request, hub: HubDep, who: KeyHolder) -> Response:
+    return await _forward("/v1/completions", request, hub, who)
+
+
+async def _forward(path: str, request: Request, hub: HubDep, who: KeyHolder) -> Response:
+    body = await _object(request)
+    model = body.get("model")
+    if not isinstance(model, str) or not 1 <= len(model) <= 4096:
+        raise BadRequestError("model: a model's name is wanted", param="model")
+    answer = await hub.engines.ask(path, model, body, who)
+    headers = {name: value for name, value in answer.headers.items() if name in _KEPT_HEADERS}
+    if answer.is_stream:
+        return EventStream(_parts(answer), answer.close)
+    return StreamingResponse(
+        _parts(answer), answer.status, media_type="application/json", headers=headers
+    )
+
+
+_KEPT_HEADERS = {"retry-after", "x-should-retry"}
+
+
+async def _object(request: Request) -> dict[str, Any]:
+    body = read_json(await request.body())
+    if not isinstance(body, dict):
+        raise BadRequestError("the body must be a JSON object")
+    return body
+
+
+async def _parts(answer: Answer) -> AsyncIterator[str]:
+    try:
+        async for part in answer.parts():
+            yield part
+    finally:
+        await answer.close()

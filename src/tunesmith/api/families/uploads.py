@@ -1,0 +1,72 @@
+"""The training contract's uploads: POST /upload/dataset, from the wire to the disk."""
+
+import asyncio
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, Field
+
+from tunesmith.api.auth import Caller, caller
+from tunesmith.api.deps import HubDep
+from tunesmith.api.multipart import FilePart, pieces
+from tunesmith.api.strict import StrictRoute
+from tunesmith.hub import Hub
+
+_WRITE_BYTES = 1 << 20
+_FRAME_BYTES = 1 << 20
+"""What a multipart body may hold beside its file."""
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {
+                            "type": "string",
+                            "format": "binary",
+                            "maxLength": 1 << 40,
+                            "description": "a .json array, a .jsonl or a .txt file",
+                        }
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+class UploadRoute(StrictRoute):
+    def body_limit(self, hub: Hub) -> int:
+        return hub.settings.max_upload_bytes + _FRAME_BYTES
+
+
+router = APIRouter(tags=["training"], route_class=UploadRoute, dependencies=[Depends(caller)])
+
+
+class Uploaded(BaseModel):
+    dataset_path: str = Field(description="give this to /train/sft", examples=["data/my.json"])
+    filename: str = Field(description="as it was sent")
+    size: int = Field(description="bytes")
+    num_samples: int = Field(description="rows")
+    format: str = Field(description="openai, alpaca, prompt_completion, sharegpt or text")
+
+
+@router.post(
+    "/upload/dataset", summary="Upload a data set, checked as it comes in", openapi_extra=_BODY
+)
+async def upload_dataset(request: Request, hub: HubDep, who: Caller) -> Uploaded:
+    part = FilePart(request.headers.get("content-type", ""), "file")
+    with hub.blobs.receive(hub.settings.max_upload_bytes) as incoming:
+        async for piece in pieces(request, part, _WRITE_BYTES):
+            await asyncio.to_thread(incoming.write, piece)
+        filename = part.end()
+        found = await asyncio.to_thread(hub.keep_upload, filename, incoming, who)
+    return Uploaded(
+        dataset_path=found.name,
+        filename=filename,
+        size=found.size,
+        num_samples=found.num_samples,
+        format=found.format,
+    )

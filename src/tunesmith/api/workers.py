@@ -1,0 +1,123 @@
+"""The protocol of the hands: work, reports, ends, engines. See `spec/hands.py`."""
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Awaitable
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path, Request, Response
+
+from tunesmith.api.auth import operator, presented_key
+from tunesmith.api.deps import HubDep
+from tunesmith.api.stream import Watcher, wait
+from tunesmith.api.strict import StrictRoute
+from tunesmith.errors import AuthenticationError, BadRequestError, NotFoundError
+from tunesmith.hub import Hub
+from tunesmith.spec.hands import EngineReport, Orders, Report, WorkAsk, WorkReply
+from tunesmith.spec.records import Outcome
+from tunesmith.store.claims import check_token
+
+log = logging.getLogger(__name__)
+
+LOOK_AGAIN_SECONDS = 1.0
+"""A back-off that ends, a job that became valid in another process: seen at the latest then."""
+MAX_BODY_BYTES = 64 << 20
+
+
+class WorkersRoute(StrictRoute):
+    def body_limit(self, hub: Hub) -> int:
+        return MAX_BODY_BYTES
+
+
+router = APIRouter(
+    prefix="/internal/v1", tags=["workers"], route_class=WorkersRoute, include_in_schema=False
+)
+JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{8}$")]
+Fence = Annotated[int, Path(ge=1, le=2**31)]
+
+
+async def attempt_token(request: Request, hub: HubDep) -> str:
+    """The token that the attempt of this path was given; the store holds its digest."""
+    token = presented_key(request)
+    job_id, fence = request.path_params["job_id"], request.path_params["fence"]
+    if token is None:
+        raise AuthenticationError("an attempt's token is wanted")
+    if not re.fullmatch(r"[0-9a-f]{8}/[1-9][0-9]{0,8}", f"{job_id}/{fence}"):
+        raise NotFoundError("no such attempt")
+    hub.store.read(lambda tx: check_token(tx, job_id, int(fence), token))
+    return token
+
+
+AttemptToken = Annotated[str, Depends(attempt_token)]
+
+
+@router.post("/work", dependencies=[Depends(operator)])
+async def work(ask: WorkAsk, request: Request, hub: HubDep) -> WorkReply:
+    """Wait until there is something for this worker, or its patience ends."""
+    watcher: Watcher = request.app.state.watcher
+    patience = time.monotonic() + ask.wait_seconds
+    await hub.hands.greet(ask)
+    with watcher.watch("queue", "engines", f"worker:{ask.worker_id}") as touched:
+        while not await request.is_disconnected():  # or a job would be given to nobody
+            if watcher.is_closing:
+                break
+            touched.clear()
+            reply = await hub.hands.work_for(ask)
+            left = patience - time.monotonic()
+            if reply is not None or left <= 0:
+                return reply or WorkReply()
+            await wait(touched, min(left, LOOK_AGAIN_SECONDS))
+    return WorkReply()
+
+
+@router.post("/attempts/{job_id}/{fence}/report", dependencies=[Depends(attempt_token)])
+async def report(
+    job_id: JobId, fence: Fence, body: Report, token: AttemptToken, hub: HubDep
+) -> Orders:
+    return await hub.hands.report(job_id, fence, token, body)
+
+
+@router.post("/attempts/{job_id}/{fence}/finish", dependencies=[Depends(attempt_token)])
+async def finish(
+    job_id: JobId, fence: Fence, body: Outcome, token: AttemptToken, hub: HubDep
+) -> Orders:
+    return await hub.hands.finish(job_id, fence, token, body)
+
+
+@router.post("/engines/{engine_id}", dependencies=[Depends(operator)], status_code=204)
+async def engine(
+    engine_id: Annotated[str, Path(max_length=64)], body: EngineReport, hub: HubDep
+) -> Response:
+    if body.id != engine_id:
+        raise BadRequestError("id: the engine's id differs from the one in the path", param="id")
+    await hub.engines.reported(body)
+    return Response(status_code=204)
+
+
+async def keep_house(hub: Hub) -> None:
+    """Lapsed leases, stops past their deadline, unused engines: looked at every few seconds.
+
+    A turn that fails, on a full disk for one, is told of, and the next one comes all the same.
+    After a pause of this process or a leap of the clock, workers first get the time to come back.
+    """
+    await attempt_to(hub.hands.grant_grace())
+    pace = hub.settings.reaper_seconds
+    while True:
+        before = (time.time(), time.monotonic())
+        await attempt_to(hub.hands.reap())
+        await attempt_to(hub.engines.tidy())
+        await asyncio.sleep(pace)
+        passed = max(time.time() - before[0], time.monotonic() - before[1])
+        if passed > pace + hub.settings.lease_seconds / 4:
+            log.warning("%.0f s passed where %.0f should have; leases are extended", passed, pace)
+            await attempt_to(hub.hands.grant_grace())
+
+
+async def attempt_to(work: Awaitable[object]) -> None:
+    """Do it; a failure is told of, and nothing stops."""
+    try:
+        await work
+    except Exception:
+        log.exception("a turn of keeping house failed")

@@ -1,0 +1,262 @@
+"""The one place where parts are chosen and joined."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from sqlalchemy.engine import Connection
+
+from tunesmith.data.render import Renderer
+from tunesmith.errors import NotFoundError
+from tunesmith.hub import data, names, submit
+from tunesmith.hub.asked import Request
+from tunesmith.hub.checks import Checks
+from tunesmith.hub.engines import Engines
+from tunesmith.hub.folder import ModelFolder, read
+from tunesmith.hub.hands import Hands
+from tunesmith.hub.keys import Keys, worker_token
+from tunesmith.hub.logs import Logs
+from tunesmith.hub.principal import Principal
+from tunesmith.settings import Settings
+from tunesmith.spec.records import Job, JobEvent, JobState, StopMode
+from tunesmith.store import catalog, events, jobs, tables
+from tunesmith.store import keys as key_rows
+from tunesmith.store.database import Store
+from tunesmith.store.files import Blobs, Incoming
+from tunesmith.store.promotion import redo
+
+T = TypeVar("T")
+
+
+class Watch(Protocol):
+    """Wakes whoever waits in the server's loop when a commit touched a topic."""
+
+    def watch(self, *topics: str) -> contextlib.AbstractContextManager[asyncio.Event]: ...
+
+
+class Hub:
+    """The house, open: what every door (HTTP, command line) calls."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self.settings = settings
+        self.store = store
+        self.workspace = settings.workspace.resolve()
+        self.blobs = Blobs(settings.home / "blobs")
+        self.keys = Keys(store, settings)
+        self.logs = Logs()
+        self.pinned: dict[tuple[str, data.Stamp], data.Pinned] = {}
+        self.hands = Hands(self)
+        self.engines = Engines(self)
+        self.checks: Checks
+        self.watcher: Watch
+
+    @classmethod
+    def open(cls, settings: Settings) -> "Hub":
+        """Open the workspace. Raises StoreLocked where another server has it."""
+        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        settings.home.chmod(0o700)
+        worker_token(settings.home)
+        store = Store.open(settings.url)
+        redo(settings.home / "promotions")
+        return cls(settings, store)
+
+    def __enter__(self) -> "Hub":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.store.close()
+
+    @contextlib.asynccontextmanager
+    async def running(self, watcher: Watch) -> AsyncIterator[None]:
+        """While the server serves: its checks run."""
+        self.watcher = watcher
+        self.checks = Checks(self)
+        checking = asyncio.create_task(self.checks.run())
+        try:
+            yield
+        finally:
+            checking.cancel()
+            await asyncio.gather(checking, return_exceptions=True)
+            await self.engines.close()
+
+    async def write(self, work: Callable[[Connection], T]) -> T:
+        """Run a piece of work in the writer's next commit, and wait until it is on the disk."""
+        return await asyncio.wrap_future(self.store.write(work))
+
+    async def wait(self, event: asyncio.Event, seconds: float) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(event.wait(), seconds)
+
+    # jobs
+
+    async def submit(self, asked: Request, who: Principal) -> Job:
+        return await submit.submit(self, asked, who)
+
+    def job(self, spelled: str, who: Principal) -> Job:
+        """By any contract's spelling of its id. Raises NotFoundError."""
+        job_id = spelled.removeprefix("ftjob-").removeprefix("job-")
+        return self.store.read(lambda tx: jobs.get(tx, job_id, who.scope))
+
+    def list_jobs(
+        self,
+        who: Principal,
+        states: Sequence[JobState] | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+    ) -> list[Job]:
+        return self.store.read(
+            lambda tx: jobs.list_jobs(
+                tx, owner=who.scope, states=states, limit=limit, offset=offset
+            )
+        )
+
+    def job_counts(self) -> tuple[int, int]:
+        """Unfinished jobs that a worker holds, and all jobs."""
+        found = self.store.read(jobs.count_by_state)
+        active = (JobState.STARTING, JobState.RUNNING, JobState.STOPPING)
+        return sum(found[state] for state in active), sum(found.values())
+
+    async def stop(self, spelled: str, mode: StopMode, who: Principal) -> Job:
+        """Raises NotFoundError, ConflictError (it has ended)."""
+        job_id = self.job(spelled, who).id
+
+        def work(tx: Connection) -> Job:
+            job = jobs.request_stop(tx, job_id, mode, self.settings.grace_seconds, who.scope)
+            if job.worker_id is not None:
+                tables.touch(tx, f"worker:{job.worker_id}")
+            return job
+
+        return await self.write(work)
+
+    def events_after(self, job_id: str, seq: int) -> list[JobEvent]:
+        return self.store.read(lambda tx: events.after(tx, job_id, seq))
+
+    def is_over(self, job_id: str, seq: int) -> bool:
+        """Whether the job has ended and nothing comes after `seq`."""
+        job = self.store.read(lambda tx: jobs.get(tx, job_id))
+        return job.state.is_final and job.last_seq <= seq
+
+    def log_path(self, job_id: str) -> Path:
+        return self.workspace / "outputs" / "training_logs" / f"job_{job_id}.log"
+
+    def log_tail(self, job: Job, lines: int) -> tuple[list[str], int]:
+        try:
+            return self.logs.tail(self.log_path(job.id), lines)
+        except FileNotFoundError:
+            return [self._waits_for(job)], 1
+
+    def relative(self, path: str | Path) -> str:
+        """As requests name it: from the workspace, where it lies in there."""
+        with contextlib.suppress(ValueError):
+            return Path(path).relative_to(self.workspace).as_posix()
+        return str(path)
+
+    def tuned_name(self, job: Job) -> str | None:
+        return names.tuned_name(job)
+
+    def _waits_for(self, job: Job) -> str:
+        if job.state is not JobState.QUEUED:
+            return f"no log yet: the job is {job.state}"
+        if job.id in self.checks.downloads.waiting:
+            return "no log yet: the model is being downloaded from the hub"
+        if not job.is_validated:
+            return "no log yet: the data is being checked"
+        if not self.hands.living_workers():
+            return "no log yet: waiting for a worker to come"
+        place = self.store.read(lambda tx: jobs.queue_place(tx, job.id))
+        return f"no log yet: waiting for room, number {place} in the queue"
+
+    # models and data
+
+    def find_model(self, name: str, who: Principal, field: str = "model") -> names.FoundModel:
+        return names.find_model(self.store, self.settings, name, who, field)
+
+    def served_names(self, who: Principal) -> list[tuple[str, float, str]]:
+        """Name, when made, owner: registered models, then tuned ones, newest first."""
+        registered = self.store.read(lambda tx: catalog.list_names(tx, "model"))
+        found = [(row.name, row.created_at, "tunesmith") for row in registered]
+        for job in self.list_jobs(who, [JobState.SUCCEEDED]):
+            name = names.tuned_name(job)
+            if name is not None:
+                found.append((name, job.finished_at or 0.0, job.owner))
+        return found
+
+    def renderer(self, folder: ModelFolder, format: str) -> Renderer:
+        """The model's own renderer, or with a template of ours where it has none."""
+        place = folder.path if (folder.path / "tokenizer.json").is_file() else folder.base
+        stamp = (place / "tokenizer.json").stat().st_mtime_ns
+        return _renderer(place, stamp).with_fallback(format)
+
+    def keep_upload(self, filename: str, incoming: Incoming, who: Principal) -> data.Upload:
+        return data.keep_upload(self, filename, incoming, who)
+
+    # the operator's
+
+    def register_model(self, name: str, path: str) -> dict[str, Any]:
+        """Paths of the operator may lie anywhere. Raises BadRequestError where it is no model."""
+        place = Path(path).expanduser().resolve()
+        read(place, "path")
+        return self._register("model", name, place)
+
+    def register_data(self, name: str, path: str) -> dict[str, Any]:
+        place = Path(path).expanduser().resolve()
+        if not place.is_file():
+            raise NotFoundError(f"path: no file at {path!r}", param="path")
+        return self._register("dataset", name, place)
+
+    def names(self, kind: str) -> list[dict[str, Any]]:
+        rows = self.store.read(lambda tx: catalog.list_names(tx, _kind(kind)))
+        return [{"name": row.name, "path": row.path} for row in rows]
+
+    def forget(self, kind: str, name: str) -> None:
+        self.store.write(lambda tx: catalog.remove(tx, _kind(kind), name)).result()
+
+    def make_key(self, owner: str, label: str = "") -> dict[str, Any]:
+        """The key itself is in the answer, and nowhere else."""
+        row, text = self.store.write(lambda tx: key_rows.make(tx, owner, label)).result()
+        self.keys.forget()
+        return {"id": row.id, "key": text, "owner": row.owner, "label": row.name}
+
+    def list_keys(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": row.id,
+                "owner": row.owner,
+                "label": row.name,
+                "hint": row.hint,
+                "created_at": row.created_at,
+                "is_revoked": row.revoked_at is not None,
+            }
+            for row in self.store.read(key_rows.list_keys)
+        ]
+
+    def revoke_key(self, key_id: str) -> None:
+        self.store.write(lambda tx: key_rows.revoke(tx, key_id)).result()
+        self.keys.forget()
+
+    def _register(self, kind: catalog.Kind, name: str, place: Path) -> dict[str, Any]:
+        self.store.write(
+            lambda tx: catalog.register(tx, kind, name, str(place), "operator", should_replace=True)
+        ).result()
+        return {"name": name, "path": str(place)}
+
+
+def _kind(word: str) -> catalog.Kind:
+    return "model" if word == "models" else "dataset"
+
+
+_renderers = threading.Lock()
+
+
+def _renderer(place: Path, stamp: int) -> Renderer:
+    with _renderers:
+        return _load_renderer(place, stamp)
+
+
+@lru_cache(maxsize=32)
+def _load_renderer(place: Path, _stamp: int) -> Renderer:
+    return Renderer.load(place)

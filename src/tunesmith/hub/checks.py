@@ -1,0 +1,126 @@
+"""Token-level checks: once per data set, tokenizer and length, before a job is claimed."""
+
+import asyncio
+import contextlib
+import logging
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.data.check import Verdict, check_tokens
+from tunesmith.data.render import Renderer
+from tunesmith.data.rows import RowIndex
+from tunesmith.errors import FailureClass, TuningAPIError
+from tunesmith.hub.downloads import Downloads
+from tunesmith.hub.folder import ModelFolder, read
+from tunesmith.hub.names import FoundModel
+from tunesmith.spec.records import Job
+from tunesmith.spec.train import Sft, TrainSpec
+from tunesmith.store import catalog, jobs
+
+if TYPE_CHECKING:
+    from tunesmith.hub import Hub
+    from tunesmith.hub.data import Pinned
+
+log = logging.getLogger(__name__)
+
+LOOK_AGAIN_SECONDS = 5.0
+_TOLD = {"rows", "overlong_count", "overlong_lines", "masked_count", "masked_lines", "notices"}
+_UNASKED = Verdict(rows=0, renderer="0" * 64, max_length=0, overlong="drop", train_on="all")
+"""Stands for a data set to pretrain on: every token of it is learnt."""
+
+
+class Checks:
+    """A task of the server's: takes jobs that wait for their check, one after the other."""
+
+    def __init__(self, hub: "Hub") -> None:
+        self._hub = hub
+        self._bell = asyncio.Event()
+        self.downloads = Downloads(hub, self.ring)
+
+    def ring(self) -> None:
+        self._bell.set()
+
+    async def run(self) -> None:
+        """For ever: those that a stopped server left unchecked come first."""
+        try:
+            while True:
+                self._bell.clear()
+                for job in self._unchecked():
+                    if not self.downloads.take(job):
+                        await self._check(job)
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._bell.wait(), LOOK_AGAIN_SECONDS)
+        finally:
+            await self.downloads.close()
+
+    def _unchecked(self) -> list[Job]:
+        """But for those whose model is on its way."""
+        aside = self.downloads.waiting
+        return self._hub.store.read(lambda tx: jobs.to_validate(tx, but=aside))
+
+    async def _check(self, job: Job) -> None:
+        try:
+            verdicts = await asyncio.to_thread(_verdicts, self._hub, job)
+            failure = next((found.failure for found in verdicts if found.failure), None)
+            detail = (
+                {"rows": verdicts[0].rows, "overlong": verdicts[0].overlong} if verdicts else {}
+            )
+        except (TuningAPIError, OSError) as error:
+            failure, detail = str(error), {}
+        except Exception as error:  # a check that breaks must not stop the others
+            log.exception("job %s: its check broke", job.id)
+            failure, detail = f"the data could not be checked: {type(error).__name__}", {}
+        if failure is None:
+            await self._hub.write(lambda tx: jobs.mark_validated(tx, job.id, detail))
+        else:
+            kind = FailureClass.DATA_ERROR
+            await self._hub.write(lambda tx: jobs.fail_queued(tx, job.id, kind, failure or ""))
+
+
+def _told(verdict: Verdict) -> dict[str, Any]:
+    """For the job's event: what will be left out, and where."""
+    return verdict.model_dump(mode="json", include=_TOLD)
+
+
+def kept(hub: "Hub", spec: TrainSpec, model: FoundModel, part: "Pinned") -> Verdict | None:
+    """The verdict of an earlier check of the same content; a data set to pretrain on needs none."""
+    if not isinstance(spec, Sft):
+        return _UNASKED
+    renderer = hub.renderer(model.folder, part.format)
+    assert part.source.sha256
+    return _kept(hub, _key(part.source.sha256, renderer, spec, model.folder))
+
+
+def _verdicts(hub: "Hub", job: Job) -> list[Verdict]:
+    if not isinstance(job.spec, Sft):
+        return []
+    sources = [job.dataset] if job.eval_dataset is None else [job.dataset, job.eval_dataset]
+    folder = read(Path(job.model.path))
+    found = []
+    for source in sources:
+        index = RowIndex.open(Path(source.path))
+        renderer = hub.renderer(folder, index.format)
+        key = _key(source.sha256 or "", renderer, job.spec, folder)
+        verdict = _kept(hub, key) or check_tokens(
+            index, renderer, max_length(job.spec, folder), job.spec.overlong, job.spec.train_on
+        )
+        body = verdict.model_dump(mode="json")
+        hub.store.write(partial(catalog.keep_verdict, key=key, verdict=body)).result()
+        found.append(verdict)
+    return found
+
+
+def max_length(spec: Sft, folder: ModelFolder) -> int:
+    """Tokens: what was asked for, or the model's context where it is shorter."""
+    return min(spec.max_length, folder.context_length or spec.max_length)
+
+
+def _kept(hub: "Hub", key: str) -> Verdict | None:
+    body = hub.store.read(lambda tx: catalog.find_verdict(tx, key))
+    return None if body is None else Verdict.model_validate(body)
+
+
+def _key(sha256: str, renderer: Renderer, spec: Sft, folder: ModelFolder) -> str:
+    length = max_length(spec, folder)
+    return f"tokens:{sha256}:{renderer.digest}:{length}:{spec.overlong}:{spec.train_on}"

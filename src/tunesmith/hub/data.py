@@ -1,0 +1,180 @@
+"""Data sets on their way in: pinned by content, checked for structure once per content."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from sqlalchemy.engine import Connection
+
+from tunesmith.data.rows import FileReport, check_file
+from tunesmith.data.scan import open_regular
+from tunesmith.errors import BadRequestError, ValidationError
+from tunesmith.hub.names import FoundData
+from tunesmith.hub.principal import Principal
+from tunesmith.spec.records import Source
+from tunesmith.store import catalog
+from tunesmith.store.files import Blob, Incoming, safe_name
+
+if TYPE_CHECKING:
+    from tunesmith.hub import Hub
+
+SUFFIXES = (".json", ".jsonl", ".txt")
+_BLOCK = 1 << 20
+Stamp = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A data set as it was at this moment, whatever becomes of the file it was read from."""
+
+    source: Source
+    format: str
+    num_samples: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Upload:
+    name: str
+    """What a request may call it: `data/<file name>`."""
+    size: int
+    num_samples: int
+    format: str
+
+
+def pin(hub: "Hub", found: FoundData, field: str) -> Pinned:
+    """Copy into the content-addressed store, check the structure, keep the verdict.
+
+    Raises ValidationError (422) with the lines that are wrong, BadRequestError for a file of
+    another kind.
+    """
+    suffix = _suffix(found.suffix, found.name, field)
+    stamp = _stamp(found.path)
+    known = hub.pinned.get((str(found.path), stamp))
+    if known is not None:
+        return known
+    sha256 = found.sha256 or _take_in(hub, found.path).sha256
+    path = named(hub, sha256, suffix)
+    report = _structure(hub, path, sha256)
+    _refuse_faults(report, found.name, field)
+    source = Source(name=found.name, path=str(path), sha256=sha256)
+    assert report.format
+    pinned = Pinned(source, report.format, report.num_samples, report.size)
+    if len(hub.pinned) > 1000:
+        hub.pinned.clear()
+    hub.pinned[(str(found.path), stamp)] = pinned
+    return pinned
+
+
+def keep_upload(hub: "Hub", filename: str, incoming: Incoming, who: Principal) -> Upload:
+    """Check what has come in, and keep it under a free name. Call it in `incoming`'s context:
+    a file with faults leaves nothing behind."""
+    safe = _file_name(filename)
+    _suffix(Path(safe).suffix, safe, "file")
+    incoming.flush()
+    report = check_file(incoming.part, name=safe)
+    _refuse_faults(report, safe, "file")
+    blob = incoming.commit()
+
+    def work(tx: Connection) -> catalog.Upload:
+        return catalog.add_upload(
+            tx,
+            owner=who.owner,
+            filename=safe,
+            sha256=blob.sha256,
+            size_bytes=blob.size_bytes,
+            format=report.format,
+            num_samples=report.num_samples,
+            is_taken=lambda name: os.path.lexists(hub.workspace / name),
+        )
+
+    kept = hub.store.write(work).result()
+    _keep_report(hub, report, Path(safe).suffix.lower())
+    return Upload(kept.name, blob.size_bytes, report.num_samples, report.format or "")
+
+
+def _take_in(hub: "Hub", path: Path) -> Blob:
+    """The file's bytes as they are now, under their digest."""
+    with open_regular(path) as file, hub.blobs.receive(hub.settings.max_upload_bytes) as incoming:
+        _refuse_elsewhere(path, file)
+        while block := file.read(_BLOCK):
+            incoming.write(block)
+        return incoming.commit()
+
+
+def _refuse_elsewhere(path: Path, file: BinaryIO) -> None:
+    """A folder on the way was made a link since the path was looked at: what is open counts."""
+    if os.readlink(f"/proc/self/fd/{file.fileno()}") != str(path):
+        raise BadRequestError(f"{path.name} was moved while it was opened; ask again")
+
+
+def _structure(hub: "Hub", path: Path, sha256: str) -> FileReport:
+    """The file's check, done once per content and kind."""
+    kept = hub.store.read(lambda tx: catalog.find_verdict(tx, _key(sha256, path.suffix)))
+    if kept is not None:
+        return FileReport.model_validate(kept)
+    report = check_file(path)
+    _keep_report(hub, report, path.suffix)
+    return report
+
+
+def _keep_report(hub: "Hub", report: FileReport, suffix: str) -> None:
+    body = report.model_dump(mode="json")
+    key = _key(report.sha256, suffix)
+    hub.store.write(lambda tx: catalog.keep_verdict(tx, key, body)).result()
+
+
+def _key(sha256: str, suffix: str) -> str:
+    return f"structure:{sha256}:{suffix}"
+
+
+def named(hub: "Hub", sha256: str, suffix: str) -> Path:
+    """The blob under a name that tells its kind: a second name of the same bytes."""
+    path = hub.settings.home / "data" / f"{sha256}{suffix}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(hub.blobs.path(sha256), path)
+        except FileExistsError:
+            pass
+        except OSError:
+            shutil.copyfile(hub.blobs.path(sha256), path)
+    return path
+
+
+def _refuse_faults(report: FileReport, name: str, field: str) -> None:
+    if not report.fault_count:
+        return
+    first = report.faults[0]
+    message = (
+        f"{field}: {name}: {report.fault_count} faults, the first in {first.unit} {first.line}: "
+        f"{first.msg}"
+    )
+    details = [
+        {"loc": [field, fault.unit, fault.line, fault.loc], "msg": fault.msg, "type": "data"}
+        for fault in report.faults
+    ]
+    raise ValidationError(message, param=field, details=details)
+
+
+def _suffix(suffix: str, name: str, field: str) -> str:
+    if suffix.lower() not in SUFFIXES:
+        raise BadRequestError(
+            f"{field}: {name!r} ends in none of {', '.join(SUFFIXES)}", param=field
+        )
+    return suffix.lower()
+
+
+def _file_name(filename: str) -> str:
+    """What a client calls its file, made harmless."""
+    if not filename.strip():
+        raise BadRequestError("file: the upload has no file name; send one", param="file")
+    return safe_name(filename)
+
+
+def _stamp(path: Path) -> Stamp:
+    """Changes with the file's bytes, and with what the path leads to."""
+    found = path.stat(follow_symlinks=False)
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -1,0 +1,328 @@
+"""Which engine answers for a model: asked for, waited for, routed to, put away when unused."""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import httpx2
+from sqlalchemy.engine import Connection
+
+from tunesmith.errors import NotReadyError
+from tunesmith.hub.names import FoundModel
+from tunesmith.hub.principal import Principal
+from tunesmith.settings import Settings
+from tunesmith.spec.chat import MODEL_HEADER
+from tunesmith.spec.hands import EngineOrder, EngineReport, WorkAsk
+from tunesmith.spec.records import Needs
+from tunesmith.store import engines as rows
+from tunesmith.store.database import Store
+
+if TYPE_CHECKING:
+    from tunesmith.hub import Hub
+
+log = logging.getLogger(__name__)
+
+ENGINE_BYTES = 600 << 20
+"""An engine without its weights: torch, a cache for a few requests."""
+REPEAT_SECONDS = 10.0
+ALIVE_SECONDS = 5.0
+"""For an engine to say that it lives, after a connection to it broke."""
+LOST_SECONDS = 120.0
+"""A worker that did not ask for so long has lost its engines."""
+
+
+@dataclass
+class Answer:
+    """An engine's reply, its body not read yet. Close it, whatever happens."""
+
+    status: int
+    headers: dict[str, str]
+    response: httpx2.Response = field(repr=False)
+    client: "Engines" = field(repr=False)
+    engine_id: str = ""
+    _is_closed: bool = False
+
+    @property
+    def is_stream(self) -> bool:
+        return self.headers.get("content-type", "").startswith("text/event-stream")
+
+    async def parts(self) -> AsyncIterator[str]:
+        """The body as it comes; a broken engine ends a stream with an error event."""
+        try:
+            async for part in self.response.aiter_text():
+                yield part
+        except httpx2.HTTPError as error:
+            log.error("engine %s broke off: %s", self.engine_id, error)
+            if self.is_stream:
+                yield (
+                    'data: {"error": {"message": "the engine stopped in mid-answer; ask again", '
+                    '"type": "server_error", "param": null, "code": "engine_lost"}}\n\n'
+                )
+
+    async def close(self) -> None:
+        """Closing in mid-stream frees the place in the engine. Closed again, nothing happens."""
+        if not self._is_closed:
+            self._is_closed = True
+            self.client.let_go(self.engine_id)
+            await self.response.aclose()
+
+
+@dataclass(frozen=True)
+class _Target:
+    engine_id: str
+    url: str
+    key: str
+
+
+class Engines:
+    """The API's view of the engines; the workers' hosts run them."""
+
+    def __init__(self, hub: "Hub") -> None:
+        self._hub = hub
+        self._adapters: dict[str, set[str]] = {}
+        self._loading: dict[tuple[str, str], asyncio.Lock] = {}
+        self._ordered: dict[tuple[str, str, str], float] = {}
+        self._used: set[str] = set()
+        self._busy: dict[str, int] = {}
+        self._client: httpx2.AsyncClient | None = None
+
+    @property
+    def _settings(self) -> Settings:
+        return self._hub.settings
+
+    @property
+    def _store(self) -> Store:
+        return self._hub.store
+
+    async def ask(self, path: str, model: str, body: dict[str, Any], who: Principal) -> Answer:
+        """Send a request to the engine that holds `model`, started if need be.
+
+        Raises NotFoundError for a model that is not there, NotReadyError (503, Retry-After) for
+        one whose engine does not come up.
+        """
+        found = await asyncio.to_thread(self._hub.find_model, model, who, "model")
+        for is_last_try in (False, True):
+            target = await self._ready(found)
+            try:
+                served = await self._served_name(target, found)
+                return await self._send(target, path, body | {"model": served}, model)
+            except httpx2.TransportError as error:
+                if not await self._is_alive(target):
+                    await self._lost(target, f"{type(error).__name__}: {error}")
+                if is_last_try or isinstance(error, httpx2.ReadTimeout):
+                    raise _not_ready(f"the engine of {model!r} does not answer") from None
+        raise AssertionError
+
+    async def _send(self, target: _Target, path: str, body: dict[str, Any], model: str) -> Answer:
+        self._used.add(target.engine_id)
+        request = self._http().build_request(
+            "POST",
+            target.url + path,
+            json=body,
+            headers={"Authorization": f"Bearer {target.key}", MODEL_HEADER: quote(model)},
+        )
+        self._busy[target.engine_id] = self._busy.get(target.engine_id, 0) + 1
+        try:
+            response = await self._http().send(request, stream=True)
+            headers = {name.lower(): value for name, value in response.headers.items()}
+            answer = Answer(response.status_code, headers, response, self, target.engine_id)
+            if not answer.is_stream:  # so that an engine that ends half-way is not a whole answer
+                await response.aread()
+        except BaseException:
+            self.let_go(target.engine_id)
+            raise
+        return answer
+
+    async def _is_alive(self, target: _Target) -> bool:
+        """A connection may break, on an engine that is well and talks to others."""
+        try:
+            reply = await self._http().get(target.url + "/health", timeout=ALIVE_SECONDS)
+        except httpx2.TransportError:
+            return False
+        return reply.status_code < 500
+
+    async def _ready(self, found: FoundModel) -> _Target:
+        """Wait for the engine of the model's base; ask the workers for one where there is none."""
+        deadline = time.monotonic() + self._settings.engine_start_seconds
+        with self._hub.watcher.watch("engines") as touched:
+            engine_id = await self._want(found)
+            while True:
+                touched.clear()
+                row = self._store.read(partial(rows.get, engine_id=engine_id))
+                if row.state == "ready" and row.url:
+                    return _Target(row.id, row.url, row.key)
+                if row.state == "failed":
+                    raise _not_ready(f"{found.name!r} could not be served: {row.error}")
+                if row.state == "stopped":
+                    engine_id = await self._want(found)
+                    continue
+                if not self._hub.hands.living_workers():
+                    raise _not_ready("no worker is running that could start an engine")
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise _not_ready(f"the engine of {found.name!r} is not ready yet")
+                await self._hub.wait(touched, min(left, 2.0))
+
+    async def _want(self, found: FoundModel) -> str:
+        """The engine's id; a commit only where there is none that is ready."""
+        base = str(found.folder.base)
+        living = self._living()
+        for row in living:
+            if row.model_path == base and row.state == "ready" and not row.should_stop:
+                return row.id
+        memory = found.folder.weight_bytes * 2 + ENGINE_BYTES
+        wanted = await self._hub.write(
+            lambda tx: rows.want(
+                tx,
+                base,
+                found.folder.base.name,
+                max_engines=self._settings.max_engines,
+                needs=Needs(memory_bytes=memory),
+            )
+        )
+        return wanted.id
+
+    async def _served_name(self, target: _Target, found: FoundModel) -> str:
+        """The base's own name, or the adapter's, loaded first where the engine has not got it."""
+        if not found.folder.is_adapter:
+            return found.folder.base.name
+        name = found.adapter_key
+        lock = self._loading.setdefault((target.engine_id, name), asyncio.Lock())
+        async with lock:
+            if name in self._adapters.get(target.engine_id, set()):
+                return name
+            reply = await self._http().post(
+                target.url + "/v1/load_lora_adapter",
+                json={"lora_name": name, "lora_path": str(found.folder.path)},
+                headers={"Authorization": f"Bearer {target.key}"},
+            )
+            if reply.status_code >= 400 and reply.status_code != 409:
+                raise _not_ready(f"{found.name!r} could not be loaded: {_message(reply)}")
+            self._adapters.setdefault(target.engine_id, set()).add(name)
+        return name
+
+    async def reported(self, report: EngineReport) -> None:
+        """A worker tells how an engine is."""
+        if report.state in ("failed", "stopped"):
+            self._adapters.pop(report.id, None)
+        await self._hub.write(lambda tx: rows.report(tx, report))
+
+    async def orders(self, ask: WorkAsk) -> tuple[EngineOrder, ...]:
+        """What this worker should start and stop; a commit only where there is something."""
+        if not self._store.read(lambda tx: _differs(tx, ask)):
+            return ()
+        given = await self._hub.write(
+            lambda tx: rows.orders(tx, ask, max_engines=self._settings.max_engines)
+        )
+        return tuple(self._order(order) for order in given if self._is_news(order, ask))
+
+    def _is_news(self, order: rows.Order, ask: WorkAsk) -> bool:
+        """Whether it is worth an answer: an order is repeated only after a while."""
+        mark = (ask.boot_id, order.engine_id, order.action)
+        now = time.monotonic()
+        is_news = now - self._ordered.get(mark, -math.inf) > REPEAT_SECONDS
+        if is_news:
+            self._ordered[mark] = now
+        return is_news
+
+    def _order(self, order: rows.Order) -> EngineOrder:
+        engine = order.engine
+        if engine is None:
+            return EngineOrder(id=order.engine_id, action=order.action)
+        return EngineOrder(
+            id=engine.id,
+            action=order.action,
+            model_path=engine.model_path,
+            model_name=engine.model_name,
+            key=engine.key,
+            log_path=str(self._settings.home / "engines" / f"{engine.id}.log"),
+            threads=self._settings.slots,
+            options=engine.options,
+        )
+
+    async def tidy(self) -> None:
+        """Stop engines that nobody used for a while; give up those whose worker is gone."""
+        living = self._living()
+        self._forget_all_but({row.id for row in living})
+        busy = [name for name, count in self._busy.items() if count > 0]
+        used, self._used = {*self._used, *busy}, set()
+
+        def work(tx: Connection) -> None:
+            for engine_id in used:
+                rows.used(tx, engine_id)
+            rows.stop_idle(tx, self._settings.engine_idle_seconds)
+            rows.lost(tx, LOST_SECONDS)
+
+        if used or living:
+            await self._hub.write(work)
+
+    def _forget_all_but(self, living: set[str]) -> None:
+        """Of engines that are no more."""
+        self._busy = {name: count for name, count in self._busy.items() if count > 0}
+        for gone in self._adapters.keys() - living:
+            del self._adapters[gone]
+        for key, lock in list(self._loading.items()):
+            if key[0] not in living and not lock.locked():
+                del self._loading[key]
+        recent = time.monotonic() - REPEAT_SECONDS
+        self._ordered = {mark: at for mark, at in self._ordered.items() if at > recent}
+
+    def health(self) -> dict[str, Any]:
+        """The fields of the inference contract's health."""
+        ready = [row for row in self._living() if row.state == "ready"]
+        name = ready[0].model_name if ready else None
+        return {"model_loaded": bool(ready), "model_name": name, "device": "cpu"}
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+
+    def _living(self) -> list[rows.Engine]:
+        return self._store.read(lambda tx: rows.list_engines(tx))
+
+    async def _lost(self, target: _Target, reason: str) -> None:
+        self._adapters.pop(target.engine_id, None)
+        log.error("engine %s does not answer: %s", target.engine_id, reason)
+        await self._hub.write(lambda tx: rows.stop(tx, target.engine_id))
+
+    def let_go(self, engine_id: str) -> None:
+        """A request to this engine is over."""
+        self._busy[engine_id] = max(0, self._busy.get(engine_id, 0) - 1)
+
+    def _http(self) -> httpx2.AsyncClient:
+        if self._client is None:
+            limits = httpx2.Limits(max_connections=1000, max_keepalive_connections=100)
+            timeout = httpx2.Timeout(600, connect=5)
+            self._client = httpx2.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
+        return self._client
+
+
+def _differs(tx: Connection, ask: WorkAsk) -> bool:
+    """Whether what is written down and what the worker has are not the same."""
+    said = {status.id: status.state for status in ask.engines}
+    living = {row.id: row for row in rows.list_engines(tx)}
+    mine = [row for row in living.values() if row.worker_id == ask.worker_id]
+    return (
+        any(row.state == "wanted" for row in living.values())
+        or any(row.should_stop or said.get(row.id) != row.state for row in mine)
+        or any(name not in living for name in said)
+    )
+
+
+def _not_ready(message: str) -> NotReadyError:
+    error = NotReadyError(message)
+    error.retry_after = 5
+    return error
+
+
+def _message(reply: httpx2.Response) -> str:
+    try:
+        return str(reply.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {reply.status_code}"

@@ -1,0 +1,184 @@
+"""From a name in a request to a folder or a file: tuned models, paths, registered names."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.engine import Connection
+
+from tunesmith.errors import BadRequestError, NotFoundError
+from tunesmith.hub import remote
+from tunesmith.hub.cache import Snapshot
+from tunesmith.hub.folder import ModelFolder, read
+from tunesmith.hub.principal import Principal
+from tunesmith.settings import Settings
+from tunesmith.spec.records import Job, JobState
+from tunesmith.store import catalog, jobs, tables
+from tunesmith.store.database import Store
+from tunesmith.store.files import confine
+
+MAX_GENERATIONS = 16
+DATA_SUFFIXES = (".jsonl", ".json", ".txt")
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    name: str
+    """As it was asked for."""
+    folder: ModelFolder
+    owner: str = "tunesmith"
+    is_here: bool = True
+    """False: the folder is one that a download from the hub will make."""
+
+    @property
+    def adapter_key(self) -> str:
+        """The adapter's name inside an engine: its place and age, so a new one is another."""
+        stamp = (self.folder.path / "adapter_config.json").stat().st_mtime_ns
+        mark = hashlib.sha256(f"{self.folder.path}:{stamp}".encode()).hexdigest()[:12]
+        return f"adapter-{mark}"
+
+
+@dataclass(frozen=True)
+class FoundData:
+    name: str
+    path: Path
+    """A file: of the workspace, or a blob."""
+    suffix: str
+    sha256: str | None = None
+    """Where it is known already: an upload, content-addressed."""
+
+
+def find_model(
+    store: Store, settings: Settings, name: str, who: Principal, field: str = "model"
+) -> FoundModel:
+    """Raises NotFoundError (nothing has that name), BadRequestError (leaves the workspace)."""
+    if name.startswith("ft:"):
+        return _tuned(store, name, who, field)
+    path = confine(name, settings.workspace, settings.allowed_roots, field)
+    if path.is_dir():
+        found = read(path, field)
+        _refuse_foreign(store, settings, found, field)
+        return FoundModel(name, found)
+    registered = store.read(lambda tx: catalog.find(tx, "model", name))
+    if registered is not None:
+        return FoundModel(name, read(Path(registered.path), field))
+    cached = Snapshot.main(settings.hub_cache, name)
+    if cached is not None and cached.is_whole():
+        return FoundModel(name, read(cached.folder, field))
+    raise NotFoundError(
+        f"{field}: no model {name!r}: not a folder in the workspace, not a registered name "
+        "(tunesmith models add NAME PATH), not in the local hub cache",
+        param=field,
+    )
+
+
+def find_base(
+    store: Store, settings: Settings, name: str, who: Principal, field: str = "model"
+) -> FoundModel:
+    """A model to train on: as `find_model`, and what the hub has. Raises NoSpaceError as well."""
+    try:
+        return find_model(store, settings, name, who, field)
+    except NotFoundError:
+        folder = remote.find(settings, name, field)
+        if folder is None:
+            raise
+        return FoundModel(name, folder, is_here=False)
+
+
+def find_data(
+    store: Store, settings: Settings, name: str, who: Principal, field: str = "dataset"
+) -> FoundData:
+    """Raises NotFoundError, BadRequestError as `find_model`."""
+    candidates = [name] + [f"datasets/{name}{suffix}" for suffix in ("", *DATA_SUFFIXES)]
+    for candidate in candidates:
+        path = confine(candidate, settings.workspace, settings.allowed_roots, field)
+        if path.exists() and not path.is_dir():
+            return FoundData(name, path, path.suffix)
+    upload = store.read(lambda tx: catalog.find_upload(tx, name, who.scope))
+    if upload is not None:
+        blob = settings.home / "blobs" / upload.sha256
+        return FoundData(name, blob, Path(upload.name).suffix, upload.sha256)
+    registered = store.read(lambda tx: catalog.find(tx, "dataset", name))
+    if registered is not None and Path(registered.path).is_file():
+        path = Path(registered.path).resolve()
+        return FoundData(name, path, path.suffix)
+    raise NotFoundError(
+        f"{field}: no data set {name!r}: not a file in the workspace, not an upload "
+        "(POST /upload/dataset), not a registered name (tunesmith data add NAME PATH)",
+        param=field,
+    )
+
+
+def tuned_name(job: Job) -> str | None:
+    """`ft:<last part of the root base>:<org>:<suffix>:<job id>`, once there is a model."""
+    if job.state is not JobState.SUCCEEDED or job.artifact is None:
+        return None
+    return f"ft:{_root_name(Path(job.model.path))}:local:{job.label or ''}:{job.id}"
+
+
+def _root_name(path: Path) -> str:
+    """The last part of the name of the model that all tuning began with."""
+    for _ in range(MAX_GENERATIONS):
+        before = _tuned_from(path)
+        if before is None:
+            break
+        path = before
+    if path.parent.name == "snapshots":  # of the hub's cache: the folder's name is a commit
+        return path.parents[1].name.rpartition("--")[2] or "model"
+    return path.name or "model"
+
+
+def _tuned_from(path: Path) -> Path | None:
+    """The model that a job of ours tuned to make this one, as its record says."""
+    try:
+        record = json.loads((path / "training.json").read_bytes())
+        if record["spec"].get("from_scratch"):
+            return None
+        return Path(str(record["base_model"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _tuned(store: Store, name: str, who: Principal, field: str) -> FoundModel:
+    job_id = name.rsplit(":", 1)[-1]
+    try:
+        job = store.read(lambda tx: jobs.get(tx, job_id, who.scope))
+    except NotFoundError:
+        job = None
+    if job is None or job.artifact is None:
+        raise NotFoundError(
+            f"{field}: no tuned model {name!r}; GET /v1/models lists them", param=field
+        )
+    return FoundModel(name, read(Path(job.artifact), field), job.owner)
+
+
+def _refuse_foreign(store: Store, settings: Settings, found: ModelFolder, field: str) -> None:
+    """A folder of the workspace may point out of it only where we wrote it, or to what the
+    operator gave a name."""
+    roots = [settings.workspace, *settings.allowed_roots, settings.hub_cache]
+    real_roots = [root.resolve() for root in roots]
+    foreign = [file for file in found.files if not _lies_in(file, real_roots)]
+    if not foreign or store.read(lambda tx: _is_made_here(tx, found.path)):
+        return
+    if found.base != found.path and all(file.is_relative_to(found.base) for file in foreign):
+        known = store.read(lambda tx: catalog.list_names(tx, "model"))
+        if found.base.resolve() in {Path(row.path) for row in known}:
+            return
+    raise BadRequestError(
+        f"{field}: {found.path.name} leads to files out of the workspace; copy them into it, or "
+        "register the model they belong to (tunesmith models add NAME PATH)",
+        param=field,
+    )
+
+
+def _lies_in(file: Path, roots: list[Path]) -> bool:
+    real = file.resolve()
+    return any(real.is_relative_to(root) for root in roots)
+
+
+def _is_made_here(tx: Connection, path: Path) -> bool:
+    """Whether the folder is the output of a job of this server."""
+    query = select(tables.jobs.c.id).where(tables.jobs.c.artifact == str(path)).limit(1)
+    return tx.scalar(query) is not None
