@@ -1,1 +1,86 @@
-"""The Python client of Tunesmith."""
+"""The Python client of Tunesmith: `TuningClient`, typed results, and one error tree.
+
+Names are loaded when they are first used, so that importing the package stays cheap.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tuning_sdk.client import TuningClient
+    from tuning_sdk.errors import (
+        AuthenticationError,
+        BadRequestError,
+        ConflictError,
+        ConnectionError,
+        NotFoundError,
+        PermissionError,
+        RateLimitError,
+        ServerError,
+        TimeoutError,
+        TuningAPIError,
+        ValidationError,
+    )
+    from tuning_sdk.models import (
+        CreatedJob,
+        Dataset,
+        Job,
+        JobEvent,
+        LogLines,
+        Model,
+    )
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "TuningClient": "client",
+    "AuthenticationError": "errors",
+    "BadRequestError": "errors",
+    "ConflictError": "errors",
+    "ConnectionError": "errors",
+    "NotFoundError": "errors",
+    "PermissionError": "errors",
+    "RateLimitError": "errors",
+    "ServerError": "errors",
+    "TimeoutError": "errors",
+    "TuningAPIError": "errors",
+    "ValidationError": "errors",
+    "CreatedJob": "models",
+    "Dataset": "models",
+    "Job": "models",
+    "JobEvent": "models",
+    "LogLines": "models",
+    "Model": "models",
+}
+
+__all__ = [
+    "AuthenticationError",
+    "BadRequestError",
+    "ConflictError",
+    "ConnectionError",
+    "CreatedJob",
+    "Dataset",
+    "Job",
+    "JobEvent",
+    "LogLines",
+    "Model",
+    "NotFoundError",
+    "PermissionError",
+    "RateLimitError",
+    "ServerError",
+    "TimeoutError",
+    "TuningAPIError",
+    "TuningClient",
+    "ValidationError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tuning_sdk' has no attribute {name!r}")
+    return getattr(import_module(f"tuning_sdk.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

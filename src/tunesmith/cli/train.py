@@ -1,0 +1,158 @@
+"""`train SPEC.yaml` here and now without a server, and `train sft` as a job of a server."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tunesmith.cli.place import JsonOption, KeyOption, ServerOption, WorkspaceOption, client_for
+from tunesmith.cli.terminal import USAGE, CommandError, show, show_json, suggest, tell
+
+if TYPE_CHECKING:
+    from typer._click import Context
+
+    from tuning_sdk import TuningClient
+
+_HERE = "here"
+
+
+class _SpecOrCommand(TyperGroup):
+    """`train sft …` is a command; whatever else follows `train` belongs to a spec file."""
+
+    def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in {"--help", "-h"}:
+            args = [_HERE, *args]
+        return super().parse_args(ctx, args)
+
+
+train = typer.Typer(
+    cls=_SpecOrCommand,
+    no_args_is_help=True,
+    help=(
+        "Train from a file, in the foreground: `tunesmith train SPEC.yaml [--out DIR]`. "
+        "`tunesmith train here --help` shows its options."
+    ),
+)
+
+
+@train.command(_HERE)
+def train_here(
+    spec: Annotated[
+        Path | None, typer.Argument(metavar="SPEC.yaml", help="What to train: see --example.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Where the model goes (outputs/<spec's name>)."),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Forget the checkpoints of an earlier try.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each event as JSON.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the file's JSON schema.")] = False,
+    example: Annotated[bool, typer.Option("--example", help="Print an example file.")] = False,
+) -> None:
+    """Train in the foreground, without a server.
+
+    Ctrl-C saves a checkpoint and stops, a second one kills. The same command goes on from there.
+    """
+    from tunesmith.cli import specfile
+
+    if schema:
+        show_json(specfile.schema())
+    elif example:
+        show(specfile.EXAMPLE.rstrip())
+    elif spec is None:
+        raise CommandError(
+            "no SPEC.yaml was given", "`tunesmith train --example` prints one", USAGE
+        )
+    else:
+        from tunesmith.cli.foreground import Foreground
+
+        target = out if out is not None else Path("outputs") / spec.stem
+        raise typer.Exit(Foreground.prepare(spec, target, fresh).run(as_json))
+
+
+@train.command("sft")
+def train_sft(
+    model: Annotated[str, typer.Option("-m", "--model", help="A folder, a name, a hub id.")],
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="A file or a name.")],
+    output_dir: Annotated[str | None, typer.Option(help="Where the model goes.")] = None,
+    eval_dataset: Annotated[str | None, typer.Option(help="For validation.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Default 3.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Default 4.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens.")] = None,
+    lora: Annotated[bool | None, typer.Option("--lora/--full", help="Adapters or all.")] = None,
+    lora_r: Annotated[int | None, typer.Option(help="The adapters' rank.")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of POST /train/sft."),
+    ] = None,
+    upload: Annotated[
+        bool, typer.Option("--upload", help="Send the data set's file to the server first.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
+    server: ServerOption = None,
+    api_key: KeyOption = None,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start supervised fine-tuning on the server."""
+    fields: dict[str, Any] = {
+        "output_dir": output_dir,
+        "eval_dataset_path": eval_dataset,
+        "num_epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "max_length": max_length,
+        "use_lora": lora,
+        "lora_r": lora_r,
+        "seed": seed,
+        **_assignments(more or []),
+    }
+    fields = {name: value for name, value in fields.items() if value is not None}
+    with client_for(server, api_key, workspace) as client:
+        path = _uploaded(client, dataset) if upload else dataset
+        created = client.jobs.train_sft(model, path, **fields)
+        if as_json:
+            show_json(created.model_dump(mode="json"))
+        else:
+            show(created.job_id)
+            tell(created.message)
+        if wait:
+            raise typer.Exit(_follow(client, created.job_id, as_json))
+    suggest(f"tunesmith jobs watch {created.job_id}")
+
+
+def _follow(client: "TuningClient", job_id: str, as_json: bool) -> int:
+    from tunesmith.cli.jobs import watch
+
+    try:
+        return watch(client, job_id, as_json)
+    except KeyboardInterrupt:
+        tell(f"\njob {job_id} goes on; `tunesmith cancel {job_id}` stops it")
+        raise
+
+
+def _uploaded(client: "TuningClient", path: str) -> str:
+    from tunesmith.cli.sending import Sending
+
+    with Sending(Path(path).name) as sending:
+        stored = client.datasets.upload(path, sending.take)
+    tell(f"{stored.dataset_path}: {stored.num_samples} samples, {stored.format}")
+    return stored.dataset_path
+
+
+def _assignments(texts: list[str]) -> dict[str, Any]:
+    """`name=value` each, the value read as YAML. Raises CommandError."""
+    from tunesmith.spec import yaml_guard
+
+    fields = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise CommandError(f"--set {text!r} has to be FIELD=VALUE", code=USAGE)
+        fields[name] = yaml_guard.load(value)
+    return fields

@@ -1,0 +1,157 @@
+"""Training jobs: start, look at, follow, stop."""
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import quote
+
+from tuning_sdk.errors import ConnectionError, TimeoutError, TuningAPIError
+from tuning_sdk.events import EventLine, read_events
+from tuning_sdk.models import CreatedJob, Job, JobEvent, LogLines
+from tuning_sdk.retry import Call, should_retry_status, wait_seconds
+from tuning_sdk.transport import Transport
+
+_SILENCE_SECONDS = 60.0
+"""Longer than the server's keep-alives are apart: a stream that says nothing is opened anew."""
+_PATIENCE = 12
+"""Tries in a row to open a stream that once was open: about a minute, time for a restart."""
+
+
+class Jobs:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def train_sft(
+        self,
+        model_name: str,
+        dataset_path: str | os.PathLike[str],
+        *,
+        idempotency_key: str | None = None,
+        **fields: Any,
+    ) -> CreatedJob:
+        """Start supervised fine-tuning; `fields` are those of POST /train/sft.
+
+        The same `idempotency_key` makes the same job; without one, each call makes a job of its
+        own, however often it is sent. Raises NotFoundError, ValidationError, ConflictError.
+        """
+        body = {"model_name": model_name, "dataset_path": os.fspath(dataset_path), **fields}
+        key = idempotency_key or str(uuid.uuid4())
+        answer = self._transport.send(Call("POST", "/train/sft", json=body, idempotency_key=key))
+        return CreatedJob.of(answer)
+
+    def get(self, job_id: str) -> Job:
+        return Job.of(self._transport.send(Call("GET", _path(job_id))))
+
+    def list(
+        self, status: str | None = None, limit: int | None = None, offset: int | None = None
+    ) -> list[Job]:
+        """Newest first; without `limit`, every job that the key may see."""
+        params = {"status": status, "limit": limit, "offset": offset}
+        answer = self._transport.send(Call("GET", "/jobs", params=params))
+        return [Job.of(item) for item in answer]
+
+    def cancel(self, job_id: str, *, force: bool = False) -> CreatedJob:
+        """Stop at the next step with a checkpoint, or at once with `force`.
+
+        Raises ConflictError where the job has ended.
+        """
+        call = Call(
+            "POST",
+            _path(job_id, "/cancel"),
+            params={"force": "true"} if force else {},
+            idempotency_key=str(uuid.uuid4()),
+        )
+        return CreatedJob.of(self._transport.send(call))
+
+    def logs(self, job_id: str, tail: int = 100) -> LogLines:
+        """The last `tail` lines; 0 for all."""
+        call = Call("GET", _path(job_id, "/logs"), params={"tail": tail})
+        return LogLines.of(self._transport.send(call))
+
+    def follow_logs(self, job_id: str, tail: int = 100, poll_seconds: float = 1.0) -> Iterator[str]:
+        """The last `tail` lines and then each new one, until the job has ended."""
+        seen: int | None = None
+        while True:
+            job = self.get(job_id)
+            lines = self.logs(job_id, tail)
+            if seen is not None and lines.total_lines - seen > len(lines.logs):
+                lines = self.logs(job_id, lines.total_lines - seen)
+            if job.started_at is not None or job.is_terminal:
+                first = lines.total_lines - len(lines.logs)
+                skipped = max(0, (seen or 0) - first)
+                yield from lines.logs[skipped:]
+                seen, tail = lines.total_lines, 200
+            if job.is_terminal:
+                return
+            self._transport.sleep(poll_seconds)
+
+    def events(self, job_id: str, after: int = 0) -> Iterator[JobEvent]:
+        """Each event after number `after`, once, in order, until the job has ended.
+
+        A stream that breaks is opened again where it broke. Raises NotFoundError, and
+        ConnectionError once the server stays away.
+        """
+        failures, patience = 0, self._transport.max_retries
+        while True:
+            try:
+                for line in self._open_events(job_id, after):
+                    patience = max(patience, _PATIENCE)
+                    event = JobEvent.of(line.data)
+                    if event.seq <= after:
+                        continue
+                    after, failures = event.seq, 0
+                    yield event
+                    if event.is_terminal:
+                        return
+                if self.get(job_id).is_terminal:
+                    return
+                self._transport.sleep(wait_seconds(1))
+            except TuningAPIError as error:
+                failures += 1
+                if not _is_passing(error) or failures > patience:
+                    raise
+                self._transport.sleep(wait_seconds(failures, getattr(error, "retry_after", None)))
+
+    def wait(
+        self,
+        job_id: str,
+        on_progress: Callable[[Job], None] | None = None,
+        poll_interval: float = 1.0,
+        timeout: float | None = None,
+    ) -> Job:
+        """The job, once it has ended, however it ended; `on_progress` sees each change.
+
+        Raises TimeoutError after `timeout` seconds; the job goes on.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        last: Job | None = None
+        while True:
+            job = self.get(job_id)
+            if on_progress is not None and job != last:
+                on_progress(job)
+            last = job
+            if job.is_terminal:
+                return job
+            if deadline is not None and time.monotonic() + poll_interval > deadline:
+                raise TimeoutError(f"job {job_id} is still {job.status} after {timeout} seconds")
+            self._transport.sleep(poll_interval)
+
+    def _open_events(self, job_id: str, after: int) -> Iterator[EventLine]:
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
+        call = Call("GET", _path(job_id, "/events"), headers=headers, read_seconds=_SILENCE_SECONDS)
+        with self._transport.stream(call) as response:
+            yield from read_events(response)
+
+
+def _is_passing(error: TuningAPIError) -> bool:
+    return isinstance(error, ConnectionError | TimeoutError) or should_retry_status(
+        error.status_code
+    )
+
+
+def _path(job_id: str, rest: str = "") -> str:
+    if not job_id:
+        raise ValueError("a job's id is needed, as GET /jobs lists them")
+    return f"/jobs/{quote(job_id, safe='')}{rest}"

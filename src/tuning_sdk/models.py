@@ -1,0 +1,123 @@
+"""What the server answers, typed. Fields that a newer server adds are kept, not refused."""
+
+from datetime import UTC, datetime
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tuning_sdk.errors import TuningAPIError
+
+FINAL = frozenset({"completed", "failed", "cancelled"})
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    @classmethod
+    def of(cls, answer: Any) -> Self:
+        """From an answer's JSON, parsed or as text. Raises TuningAPIError where it does not fit."""
+        try:
+            if isinstance(answer, str | bytes):
+                return cls.model_validate_json(answer)
+            return cls.model_validate(answer)
+        except ValidationError as error:
+            fault = error.errors(include_input=False, include_url=False)[0]
+            place = ".".join(str(part) for part in fault["loc"]) or "the whole"
+            raise TuningAPIError(
+                f"the server's answer is no {cls.__name__}: {place}: {fault['msg']}; "
+                "is base_url right, and is the server as new as this client?"
+            ) from None
+
+
+class CreatedJob(Answer):
+    job_id: str
+    status: str = "pending"
+    message: str = ""
+
+
+class Job(Answer):
+    """A job as GET /jobs/{id} shows it. Times are UTC, to the second."""
+
+    job_id: str
+    status: str
+    """pending, running, completed, failed or cancelled."""
+    training_type: str = ""
+    config: dict[str, Any] = {}
+    """The request, defaults filled in."""
+    created_at: datetime | None = None
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    error: str | None = None
+    log_file: str | None = None
+    output_dir: str | None = None
+    fine_tuned_model: str | None = None
+    """The name to chat with, once completed."""
+    progress: float | None = None
+    """0 to 1."""
+    metrics: dict[str, Any] | None = None
+    """The latest of each."""
+    eta_seconds: float | None = None
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether it has ended; a job that is still stopping reads `cancelled` before it has."""
+        return self.status in FINAL and self.completed_at is not None
+
+    @property
+    def is_successful(self) -> bool:
+        return self.status == "completed"
+
+    @property
+    def is_failed(self) -> bool:
+        return self.status == "failed"
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.status == "cancelled"
+
+    @property
+    def duration(self) -> int | None:
+        """Whole seconds from start to end; None until it has ended."""
+        if self.started_at is None or self.completed_at is None:
+            return None
+        return round((_utc(self.completed_at) - _utc(self.started_at)).total_seconds())
+
+
+class JobEvent(Answer):
+    """One line of a job's history; `seq` counts 1, 2, 3, …"""
+
+    seq: int
+    type: str
+    at: float | datetime | None = None
+    data: dict[str, Any] = {}
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.type in {"succeeded", "failed", "cancelled"}
+
+
+class LogLines(Answer):
+    job_id: str
+    logs: tuple[str, ...]
+    total_lines: int
+
+
+class Dataset(Answer):
+    """An upload that was stored; `dataset_path` goes into `jobs.train_sft`."""
+
+    dataset_path: str
+    filename: str = ""
+    size: int = 0
+    num_samples: int = 0
+    format: str = ""
+
+
+class Model(Answer):
+    id: str
+    object: str = "model"
+    created: int | None = None
+    owned_by: str | None = None
+
+
+def _utc(time: datetime) -> datetime:
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
