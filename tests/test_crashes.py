@@ -3,15 +3,17 @@
 import contextlib
 import json
 import signal
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import psutil
 import pytest
 
-from house import KEY, House, open_house
+from house import KEY, PATIENCE, House, open_house
 
 
 @pytest.fixture(scope="module")
@@ -264,3 +266,22 @@ def engine_pid(house: House) -> int:
     with contextlib.closing(sqlite3.connect(house.home / "db.sqlite")) as db:
         row = db.execute("select pid from engines where state = 'ready'").fetchone()
     return int(row[0])
+
+
+def test_an_engine_killed_in_mid_answer_says_so_and_the_next_question_is_answered(
+    house: House,
+) -> None:
+    client = openai.OpenAI(
+        api_key="test-key-001", base_url=house.url + "/v1", timeout=PATIENCE, max_retries=0
+    )
+    ask = {"model": "models/tiny", "prompt": "강물", "temperature": 1.0}
+    assert client.completions.create(**ask, max_tokens=2).choices
+    with contextlib.closing(sqlite3.connect(house.home / "db.sqlite")) as db:
+        (pid,) = db.execute("select pid from engines where state = 'ready'").fetchone()
+    parts = client.completions.create(**ask, max_tokens=240, stream=True)
+    next(iter(parts))
+    psutil.Process(pid).kill()
+    with pytest.raises(openai.APIError, match="stopped in mid-answer"):
+        for _ in parts:
+            pass
+    assert client.completions.create(**ask, max_tokens=2).choices

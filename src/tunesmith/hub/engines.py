@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 ENGINE_BYTES = 600 << 20
 """An engine without its weights: torch, a cache for a few requests."""
+WORKER_SECONDS = 15.0
+"""A server that was just started waits so long for its worker, before it refuses a chat."""
 REPEAT_SECONDS = 10.0
 ALIVE_SECONDS = 5.0
 """For an engine to say that it lives, after a connection to it broke."""
@@ -149,7 +151,8 @@ class Engines:
 
     async def _ready(self, found: FoundModel) -> _Target:
         """Wait for the engine of the model's base; ask the workers for one where there is none."""
-        deadline = time.monotonic() + self._settings.engine_start_seconds
+        began = time.monotonic()
+        deadline = began + self._settings.engine_start_seconds
         with self._hub.watcher.watch("engines") as touched:
             engine_id = await self._want(found)
             while True:
@@ -162,7 +165,8 @@ class Engines:
                 if row.state == "stopped":
                     engine_id = await self._want(found)
                     continue
-                if not self._hub.hands.living_workers():
+                is_alone = not self._hub.hands.living_workers()
+                if is_alone and time.monotonic() - began > WORKER_SECONDS:
                     raise _not_ready("no worker is running that could start an engine")
                 left = deadline - time.monotonic()
                 if left <= 0:
