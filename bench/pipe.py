@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ class Side:
 
     def __init__(self, script: str, threads: int) -> None:
         self._script = script
+        self._kernels = tempfile.TemporaryDirectory(prefix="tunesmith-bench-")  # compiled anew
         environment = os.environ | QUIET | {"OMP_NUM_THREADS": str(threads)}
+        environment["TORCHINDUCTOR_CACHE_DIR"] = self._kernels.name
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name(script))],
             stdin=subprocess.PIPE,
@@ -47,6 +50,7 @@ class Side:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+        self._kernels.cleanup()
 
 
 def answer_all(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
