@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUIET := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 KMP_BLOCKTIME=0 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo up test check lint install bench constraints clean
+.PHONY: demo up test check lint install bench constraints clean servers prove
 
 demo: install
 	$(QUIET) $(BIN)/python examples/demo.py $(if $(WORKSPACE),--workspace $(WORKSPACE))
@@ -11,10 +11,18 @@ demo: install
 up: install
 	$(QUIET) $(BIN)/tunesmith up --port 8000
 
-test: install
+test: install servers
 	$(QUIET) $(BIN)/pytest
 
-check: lint
+# The servers that tests start for themselves, by the system's packages where this user may.
+servers:
+	@sh tests/servers.sh
+
+# Storms, simulations, torn checkpoints: what the tests show once, many times. LONG=1 for hours.
+prove: install servers
+	PYTHONPATH=tests $(QUIET) $(BIN)/python -m prove $(if $(LONG),--long)
+
+check: lint servers
 	$(QUIET) $(BIN)/pytest
 
 lint: install
@@ -34,7 +42,7 @@ install: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 uv==0.13.8
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt \
-		-e src/tuning_sdk -e '.[all,dev]'
+		-e src/tuning_sdk -e '.[all,ray,dev]'
 	touch $@
 
 # Without find-links, so that the pins of a GPU machine stay in.
@@ -42,7 +50,7 @@ constraints:
 	{ echo "# Every version that is installed, made by: make constraints"; \
 	sed '/"tuning-sdk==/d' pyproject.toml > .venv/pyproject.toml && \
 	echo "torch==2.13.0" | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
-		--no-header --no-annotate --extra all --extra dev --no-emit-package tunesmith \
+		--no-header --no-annotate --extra all --extra ray --extra dev --no-emit-package tunesmith \
 		-c - .venv/pyproject.toml; } > constraints.new && mv constraints.new constraints.txt
 
 clean:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
@@ -68,6 +68,27 @@ class Settings(BaseModel):
     hub_download_tries: int = Field(6, ge=1, le=100)
     visible_gpus: str | None = Field(default_factory=lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
     """Indexes, separated by commas; None for all."""
+    bell: Literal["poll", "celery", "ray"] = "poll"
+    """What wakes idle workers beside their own asking."""
+    poll_seconds: float = Field(10, gt=0, le=600)
+    """Between two questions of an idle worker that a bell wakes."""
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    """Celery's broker."""
+    ray_address: str = ""
+    """Of a running Ray cluster; empty starts one on this machine."""
+    worker_token: SecretStr = SecretStr("")
+    """What a worker on another host shows the API."""
+    object_store_url: str = Field("", max_length=2048)
+    """`s3://bucket/prefix`: where workers on other hosts leave checkpoints and models; empty: they
+    send them to the API. Keys, region and endpoint come from the usual AWS_ variables."""
+    mlflow_url: str = Field("", max_length=2048)
+    """An MLflow server that every job's metrics are carried to."""
+    public_url: str = Field("", max_length=2048)
+    """How others reach this server, for links; empty: the address it listens on."""
+    checkpoint_days: float = Field(30, ge=0)
+    """After a job's end, its checkpoints are kept so long; 0: for ever."""
+    reserve_bytes: int = Field(16 << 20, ge=0)
+    """Kept free beside the database, so that a full disk can be told of and healed."""
     log_level: str = "INFO"
     server_log_bytes: int = Field(16 << 20, ge=4096)
 

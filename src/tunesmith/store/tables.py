@@ -200,6 +200,7 @@ workers = Table(
     Column("id", Text, primary_key=True),
     Column("capacity", Json, nullable=False),
     Column("host", Json, nullable=False),
+    Column("boot_id", String(64), nullable=False, server_default=""),
     Column("seen_at", Double, nullable=False),
 )
 
@@ -326,3 +327,75 @@ secrets = Table(
     Column("name", String(40), primary_key=True),
     Column("value", LargeBinary, nullable=False),
 )
+
+servers = Table(
+    "servers",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("host", Json, nullable=False),
+    Column("started_at", Double, nullable=False),
+    Column("seen_at", Double, nullable=False),
+)
+"""API processes that share this database."""
+
+duties = Table(
+    "duties",
+    metadata,
+    Column("name", String(40), primary_key=True),
+    Column("holder", String(64), nullable=False),
+    Column("until", Double, nullable=False),
+)
+"""Work that one API process does for all, under a lease."""
+
+webhook_endpoints = Table(
+    "webhook_endpoints",
+    metadata,
+    Column("number", BigInteger, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("owner", Text, nullable=False, index=True),
+    Column("name", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("event_types", Json, nullable=False),
+    Column("secret", String(200), nullable=False),
+    Column("old_secret", String(200)),
+    Column("old_secret_until", Double),
+    Column("created_at", Double, nullable=False),
+    Column("updated_at", Double),
+)
+
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("number", BigInteger, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False),
+    Column("endpoint_id", String(64), nullable=False),
+    Column("job_id", String(8), nullable=False),
+    Column("body", Text, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("due_at", Double, nullable=False),
+    Column("tries", Integer, nullable=False, server_default="0"),
+    Column("holder", String(64)),
+    Column("lease_until", Double),
+    Column("done_at", Double),
+    Column("status", Integer),
+    Column("error", Text),
+    UniqueConstraint("id", "endpoint_id"),
+    Index("ix_outbox_due", "due_at", **_partial(text("done_at is null"))),
+)
+"""Webhook messages owed: written with the state that they tell of, sent until taken."""
+
+mirrors = Table(
+    "mirrors",
+    metadata,
+    Column("job_id", String(8), ForeignKey("jobs.id"), primary_key=True),
+    Column("run_id", String(64)),
+    Column("sent_seq", Integer, nullable=False, server_default="0"),
+    Column("due_at", Double, nullable=False),
+    Column("tries", Integer, nullable=False, server_default="0"),
+    Column("holder", String(64)),
+    Column("lease_until", Double),
+    Column("done_at", Double),
+    Column("error", Text),
+    Index("ix_mirrors_due", "due_at", **_partial(text("done_at is null"))),
+)
+"""How far a job's events were carried to MLflow."""
