@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from servers import Postgres, Redis, open_postgres, open_redis
+from store_fixtures import database_url, fresh_database, ledger, sqlite_ledger
+
+__all__ = ["database_url", "fresh_database", "ledger", "sqlite_ledger"]
 
 
 @pytest.fixture(scope="session")

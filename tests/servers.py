@@ -6,10 +6,12 @@ says so; under CI it fails.
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,9 +26,13 @@ _SYSTEM_USER = "postgres"
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """Below those that the kernel hands out: else, while a server is down, a client that tries to
+    reach it may be given this very port and find itself."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 def program(name: str) -> str:
@@ -69,6 +75,20 @@ class Postgres:
             if self._user:
                 shutil.chown(self.folder, self._user)
             self._run("initdb", "-D", str(data), "-A", "trust", "-U", "tunesmith", "-E", "UTF8")
+            self._start_anywhere(data)
+        else:
+            self._start(data)
+        return self
+
+    def _start_anywhere(self, data: Path) -> None:
+        """A free port may be another's by now."""
+        for _ in range(5):
+            with contextlib.suppress(subprocess.CalledProcessError):
+                return self._start(data)
+            self.port = free_port()
+        return self._start(data)
+
+    def _start(self, data: Path) -> None:
         settings = [
             f"port={self.port}",
             "listen_addresses=127.0.0.1",
@@ -79,8 +99,7 @@ class Postgres:
         ]
         flags = " ".join(f"-c {setting}" for setting in settings)
         log = str(self.folder / "log")
-        self._run("pg_ctl", "-D", str(data), "-l", log, "-o", flags, "-w", "start")
-        return self
+        self._run("pg_ctl", "-D", str(data), "-l", log, "-o", flags, "-w", "-t", "120", "start")
 
     def stop(self, mode: str = "fast") -> None:
         """`immediate` is as a crash: recovery at the next start."""
@@ -169,11 +188,16 @@ class Redis:
 
 @contextlib.contextmanager
 def open_postgres(folder: Path, *options: str) -> Iterator[Postgres]:
-    cluster = Postgres(folder, options=options)
-    try:
-        yield cluster.start()
-    finally:
-        cluster.stop("immediate")
+    """Where it runs as another user it lies outside `folder`, which pytest makes private again
+    whenever another run of tests begins."""
+    folder.mkdir(parents=True, exist_ok=True)
+    around = None if os.geteuid() == 0 else folder
+    with tempfile.TemporaryDirectory(prefix="postgres-", dir=around) as place:
+        cluster = Postgres(Path(place) / "cluster", options=options)
+        try:
+            yield cluster.start()
+        finally:
+            cluster.stop("immediate")
 
 
 @contextlib.contextmanager

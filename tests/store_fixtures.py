@@ -1,12 +1,15 @@
 """A store on a virtual clock, and short words for what its tests say often."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy.engine import Connection
+import pytest
+from sqlalchemy.engine import Connection, make_url
 
+from servers import Postgres
 from tunesmith.errors import FailureClass
 from tunesmith.spec.hands import Capacity, NumberedEvent, Orders, WorkAsk
 from tunesmith.spec.records import Job, JobEvent, NewJob, Outcome, Source, StopMode
@@ -165,3 +168,41 @@ def failed(failure_class: FailureClass = FailureClass.SIGNAL) -> Outcome:
 
 def settle(futures: list[Any]) -> None:
     wait(futures, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def fresh_database(postgres: Postgres) -> Callable[[], str]:
+    """Makes a database with today's schema: copied from one, which is quicker than to migrate."""
+    pattern = make_url(postgres.database())
+    Store.open(pattern.render_as_string()).close()
+    numbers = count(1)
+
+    def make() -> str:
+        name = f"{pattern.database}_{next(numbers)}"
+        with postgres.connect() as connection:
+            connection.execute(f"create database {name} template {pattern.database}")
+        return pattern.set(database=name).render_as_string()
+
+    return make
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database, of either kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/.tunesmith/db.sqlite"
+    return str(request.getfixturevalue("fresh_database")())
+
+
+@pytest.fixture
+def ledger(tmp_path: Path, database_url: str) -> Iterator[Ledger]:
+    made = Ledger(tmp_path, database_url)
+    yield made
+    made.store.close()
+
+
+@pytest.fixture
+def sqlite_ledger(tmp_path: Path) -> Iterator[Ledger]:
+    made = Ledger(tmp_path)
+    yield made
+    made.store.close()

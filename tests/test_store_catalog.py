@@ -1,7 +1,5 @@
 """Names, uploads, keys, repeated requests and the audit."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +11,6 @@ from tunesmith.store import audit, catalog, idempotency, keys
 from tunesmith.store.catalog import Upload
 
 SHAS = ["0" * 64, "1" * 64]
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    made = Ledger(tmp_path)
-    yield made
-    made.store.close()
 
 
 def upload(ledger: Ledger, **over: Any) -> Upload:

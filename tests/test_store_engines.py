@@ -1,7 +1,5 @@
 """Engines are wanted, placed, watched and let go; their devices are theirs alone."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +10,6 @@ from tunesmith.spec.hands import EngineReport, EngineStatus
 from tunesmith.spec.records import Needs
 from tunesmith.store import engines
 from tunesmith.store.engines import Engine
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    made = Ledger(tmp_path)
-    yield made
-    made.store.close()
 
 
 def want(ledger: Ledger, path: str = "/모델", **over: Any) -> Engine:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tunesmith import manifest
 from tunesmith.errors import BadRequestError, ConflictError, PayloadTooLargeError
 from tunesmith.store.files import Blobs, confine, safe_name
-from tunesmith.store.promotion import check_output, promote, redo
+from tunesmith.store.promotion import Promotion, check_output, promote, redo
 
 
 @pytest.fixture
@@ -192,6 +192,13 @@ def test_an_upload_that_was_cut_off_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "blobs").iterdir()) == []
 
 
+def test_another_server_s_start_leaves_an_upload_on_its_way_alone(tmp_path: Path) -> None:
+    with Blobs(tmp_path / "blobs").receive(10) as incoming:
+        incoming.write("글".encode())
+        Blobs(tmp_path / "blobs")
+        assert incoming.commit().path.read_bytes() == "글".encode()
+
+
 def make_artifact(folder: Path, text: str) -> str:
     staging = folder.with_name(folder.name + ".staging")
     (staging / "하위").mkdir(parents=True)
@@ -224,6 +231,33 @@ def test_an_earlier_output_is_replaced_whole(tmp_path: Path, can_exchange: bool)
         )
     assert manifest.verify(output, digest).kind == "artifact"
     assert {path.name for path in tmp_path.iterdir()} == {"out", "j"}
+
+
+def test_another_server_s_start_leaves_a_promotion_under_way_alone(tmp_path: Path) -> None:
+    output, journal = tmp_path / "out", tmp_path / "j"
+    make_artifact(output, "old")
+    digest = make_artifact(tmp_path / "artifact", "new")
+    moving = Promotion(tmp_path / "artifact", output, manifest_sha256=digest, journal=journal)
+    moving.stage()
+    assert redo(journal) == []
+    assert moving.swap() == moving.swap() == output
+    assert redo(journal) == []
+    moving.close()
+    manifest.verify(output, digest)
+    assert list(journal.iterdir()) == []
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_a_promotion_that_was_not_wanted_leaves_all_as_it_was(tmp_path: Path) -> None:
+    output, journal = tmp_path / "out", tmp_path / "j"
+    old = make_artifact(output, "old")
+    new = make_artifact(tmp_path / "artifact", "new")
+    moving = Promotion(tmp_path / "artifact", output, manifest_sha256=new, journal=journal)
+    moving.stage()
+    moving.close()
+    manifest.verify(output, old)
+    manifest.verify(tmp_path / "artifact", new)
+    assert list(journal.iterdir()) == []
 
 
 def test_an_empty_folder_may_be_the_output(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """The table of states, row by row, and who may not move what."""
 
-from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,16 +26,9 @@ from tunesmith.errors import (
     RateLimitError,
 )
 from tunesmith.spec.records import Job, JobState, Needs, Outcome, StopMode
-from tunesmith.store import events, jobs
+from tunesmith.store import events, jobs, rows
 
 STOPPED = Outcome(kind="stopped", step=3)
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    made = Ledger(tmp_path)
-    yield made
-    made.store.close()
 
 
 def check_history(ledger: Ledger, job_id: str) -> None:
@@ -60,6 +51,13 @@ def test_a_submitted_job_waits_and_is_what_a_reader_sees(ledger: Ledger) -> None
     assert job.output_dir == f"/ws/outputs/{job.id}"
     assert job.created_at == ledger.clock.now
     assert ledger.words(job.id) == ["queued"]
+
+
+def test_an_id_that_no_database_keeps_is_not_there(ledger: Ledger) -> None:
+    """PostgreSQL refuses a NUL even in a question."""
+    for look in (lambda tx: jobs.get(tx, "a\0b"), lambda tx: rows.lock(tx, "a\0\ud800b")):
+        with pytest.raises(NotFoundError, match="no job"):
+            ledger.write(look)
 
 
 def test_text_that_no_database_keeps_is_made_harmless(ledger: Ledger) -> None:
@@ -587,13 +585,41 @@ def test_a_trainer_that_stopped_unasked_goes_on_elsewhere_at_once(ledger: Ledger
     assert claimed.fence == 2
 
 
+def test_a_job_whose_host_ran_out_of_memory_is_tried_once_more(ledger: Ledger) -> None:
+    """Whatever else happened between: a neighbour may have taken the memory, once."""
+    job = ledger.submit()
+    for fence, failure in enumerate((FailureClass.OOM_HOST, FailureClass.SIGNAL), 1):
+        ledger.claim()
+        assert ledger.finish(job.id, fence, failed(failure)).state is JobState.QUEUED
+        ledger.clock.pass_by(600)
+    ledger.claim()
+    ended = ledger.finish(job.id, 3, failed(FailureClass.OOM_HOST), max_lapses=9)
+    assert ended.state is JobState.FAILED
+    assert ended.failure_class is FailureClass.OOM_HOST
+    check_history(ledger, job.id)
+
+
+def test_a_job_that_kills_every_attempt_is_given_up_in_words(ledger: Ledger) -> None:
+    job = ledger.submit()
+    for fence in (1, 2, 3):
+        ledger.claim()
+        ended = ledger.finish(job.id, fence, failed(FailureClass.SIGNAL))
+        ledger.clock.pass_by(600)
+    assert ended.state is JobState.FAILED
+    assert ended.attempts == 3
+    assert ended.failure_class is FailureClass.SIGNAL
+    assert ended.error is not None
+    assert ended.error.startswith("💥 실패 (3 attempts in a row failed without a new checkpoint")
+
+
 @pytest.mark.parametrize("failure", list(FailureClass))
 def test_only_failures_worth_it_are_tried_again(ledger: Ledger, failure: FailureClass) -> None:
     job = ledger.submit()
     ledger.claim()
     ended = ledger.finish(job.id, 1, failed(failure))
-    assert (ended.state is JobState.QUEUED) == failure.is_retryable
-    if not failure.is_retryable:
+    is_tried_again = failure.is_retryable or failure is FailureClass.OOM_HOST
+    assert (ended.state is JobState.QUEUED) == is_tried_again
+    if not is_tried_again:
         assert ended.failure_class is failure
         assert ended.error == "💥 실패"
         assert ended.hint == failure.hint

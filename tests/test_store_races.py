@@ -2,25 +2,15 @@
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-import pytest
 
 from store_fixtures import LEASE, Ledger, new_ask, succeeded
 from tunesmith.errors import ConflictError, FencedError
 from tunesmith.spec.records import Job, JobState, StopMode
 from tunesmith.store import jobs
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    made = Ledger(tmp_path)
-    yield made
-    made.store.close()
 
 
 def in_threads(number: int, work: Callable[[int], None]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import math
 import secrets as random
 from dataclasses import dataclass
 
@@ -9,10 +10,10 @@ from sqlalchemy import ColumnElement, and_, func, insert, or_, select, update
 from sqlalchemy.engine import Connection, RowMapping
 
 from tunesmith.errors import AuthenticationError
-from tunesmith.spec.hands import Capacity, Orders, WorkAsk
+from tunesmith.spec.hands import MAX_WAITING, Capacity, Orders, WaitingJob, WorkAsk
 from tunesmith.spec.records import CheckpointRow, Job, JobState, Needs, StopMode
 from tunesmith.store import events, reservations, rows
-from tunesmith.store.tables import HELD, attempts, jobs, now, secrets, workers
+from tunesmith.store.tables import HELD, UNFINISHED, attempts, jobs, now, secrets, workers
 
 FRESH_SECONDS = 15.0
 """An idle worker's row is written again after so long."""
@@ -37,12 +38,13 @@ def claim(tx: Connection, ask: WorkAsk, *, lease_seconds: float) -> Claimed | No
     Next is the highest priority, then the oldest, among those that are validated and due. Asked
     again with the same `claim_id`, the same attempt comes back, or None once it is over.
     """
-    seen_worker(tx, ask)
+    if ask.only is None:
+        seen_worker(tx, ask)
     replayed = _find_claim(tx, ask)
     if replayed is not None:
         return _repeat(tx, replayed)
     free = reservations.room(tx, ask.worker_id, ask.capacity)
-    candidate = _next_fitting(tx, free)
+    candidate = _next_fitting(tx, free, ask.only)
     if candidate is None:
         return None
     gpus = free.gpus[: candidate["needs_gpus"]]
@@ -67,9 +69,22 @@ def may_claim(tx: Connection, ask: WorkAsk) -> bool:
 
     Also true now and then, so that a claim writes down that the worker is there, and what it has.
     """
-    if _find_claim(tx, ask) is not None or not _is_known(tx, ask):
+    if _find_claim(tx, ask) is not None or not (ask.only or _is_known(tx, ask)):
         return True
-    return _next_fitting(tx, reservations.room(tx, ask.worker_id, ask.capacity)) is not None
+    free = reservations.room(tx, ask.worker_id, ask.capacity)
+    return _next_fitting(tx, free, ask.only) is not None
+
+
+def waiting(tx: Connection, limit: int = MAX_WAITING) -> list[WaitingJob]:
+    """Jobs that may be claimed now, in the order in which they would be."""
+    query = (
+        select(jobs.c.id, jobs.c.needs_gpus, jobs.c.needs_memory_bytes)
+        .where(_is_claimable())
+        .order_by(jobs.c.priority.desc(), jobs.c.number)
+        .limit(limit)
+    )
+    found = tx.execute(query).tuples()
+    return [WaitingJob(job_id=name, gpus=gpus, memory_bytes=size) for name, gpus, size in found]
 
 
 def _is_claimable() -> ColumnElement[bool]:
@@ -80,7 +95,9 @@ def _is_claimable() -> ColumnElement[bool]:
     )
 
 
-def _next_fitting(tx: Connection, free: reservations.Room) -> RowMapping | None:
+def _next_fitting(
+    tx: Connection, free: reservations.Room, only: str | None = None
+) -> RowMapping | None:
     on_gpus = and_(jobs.c.needs_gpus > 0, jobs.c.needs_gpus <= len(free.gpus))
     on_cpu = and_(jobs.c.needs_gpus == 0, jobs.c.needs_memory_bytes <= free.memory_bytes)
     fits = or_(on_gpus, on_cpu) if free.slots else on_gpus
@@ -93,6 +110,8 @@ def _next_fitting(tx: Connection, free: reservations.Room) -> RowMapping | None:
         .limit(1)
         .with_for_update(skip_locked=True)
     )
+    if only is not None:
+        query = query.where(jobs.c.id == only)
     return tx.execute(query).mappings().first()
 
 
@@ -145,12 +164,32 @@ def _is_known(tx: Connection, ask: WorkAsk) -> bool:
     return tx.scalar(query) is not None
 
 
+def is_new_boot(tx: Connection, ask: WorkAsk) -> bool:
+    """Write down which start of its the worker speaks for; whether that is news to the house."""
+    known = select(workers.c.boot_id).where(workers.c.id == ask.worker_id).with_for_update()
+    before = tx.scalar(known)
+    if before == ask.boot_id:
+        return False
+    if before is None:
+        seen_worker(tx, ask)
+    tx.execute(update(workers).where(workers.c.id == ask.worker_id).values(boot_id=ask.boot_id))
+    return True
+
+
+def count_workers(tx: Connection, within_seconds: float, but: str = "") -> int:
+    """Workers that asked lately, without those whose ids begin with `but`."""
+    lately = workers.c.seen_at >= now() - within_seconds
+    if but:
+        lately = and_(lately, workers.c.id.not_like(f"{but}%"))
+    return tx.scalar(select(func.count()).select_from(workers).where(lately)) or 0
+
+
 def seen_worker(tx: Connection, ask: WorkAsk) -> None:
     """Remember what the worker has, and that it asked just now."""
     values = {"capacity": ask.capacity.model_dump(mode="json"), "host": ask.host}
     known = update(workers).where(workers.c.id == ask.worker_id).values(**values, seen_at=now())
     if not tx.execute(known).rowcount:
-        tx.execute(insert(workers).values(id=ask.worker_id, **values, seen_at=now()))
+        rows.add_once(tx, workers, {"id": ask.worker_id, **values, "seen_at": now()})
 
 
 def known_workers(tx: Connection, within_seconds: float = 120) -> dict[str, Capacity]:
@@ -182,8 +221,9 @@ def _token(tx: Connection, job_id: str, fence: int, claim_id: str) -> str:
     """Made from a secret of this database, so that a repeated claim brings it again."""
     key = tx.scalar(select(secrets.c.value).where(secrets.c.name == "attempts"))
     if key is None:
-        key = random.token_bytes(32)
-        tx.execute(insert(secrets), {"name": "attempts", "value": key})
+        rows.add_once(tx, secrets, {"name": "attempts", "value": random.token_bytes(32)})
+        key = tx.scalar(select(secrets.c.value).where(secrets.c.name == "attempts"))
+        assert key is not None
     digest = hmac.new(key, f"{job_id}:{fence}:{claim_id}".encode(), hashlib.sha256)
     return "at-" + digest.hexdigest()
 
@@ -194,11 +234,14 @@ def heartbeat(
     """Extend the lease and tell what is wanted. Raises FencedError where the attempt is over.
 
     The first beat turns starting into running. After a lapse, and before another claim, a beat
-    takes the job back: it goes on as if nothing had been.
+    takes the job back: it goes on as if nothing had been, unless its GPUs were given away.
     """
     row = rows.lock(tx, job_id)
     attempt = _own_attempt(tx, job_id, fence, worker_id)
     lines, values = _on_beat(row)
+    is_back = bool(lines) and lines[0][0] == "reattached"
+    if is_back and not reservations.are_free(tx, worker_id, attempt["gpus"]):
+        raise rows.fenced(job_id, fence)
     beaten = rows.change(
         tx,
         job_id,
@@ -210,7 +253,7 @@ def heartbeat(
     )
     if beaten is None:
         raise rows.fenced(job_id, fence)
-    if lines and lines[0][0] == "reattached":
+    if is_back:
         needs = Needs(gpus=row["needs_gpus"], memory_bytes=row["needs_memory_bytes"])
         reservations.reserve(tx, worker_id, f"job:{job_id}", needs, attempt["gpus"])
     return _orders(tx, beaten, lease_seconds, attempt["last_n"])
@@ -259,11 +302,32 @@ def request_checkpoint(tx: Connection, job_id: str, owner: str | None = None) ->
     return rows.to_job(rows.change(tx, job_id, guard, [], should_checkpoint=True) or row)
 
 
-def grant_grace(tx: Connection, lease_seconds: float) -> int:
-    """Make every lease last at least `lease_seconds` from now: said by an API that was away."""
-    held = (
-        update(jobs)
-        .where(jobs.c.state.in_(HELD), jobs.c.lease_until < now() + lease_seconds)
-        .values(lease_until=now() + lease_seconds)
-    )
-    return tx.execute(held).rowcount
+def grant_grace(
+    tx: Connection,
+    lease_seconds: float,
+    *,
+    grace_seconds: float = math.inf,
+    backoff_seconds: float = math.inf,
+) -> int:
+    """Make every lease last for `lease_seconds` from now: said by an API that was away, and where
+    the clock was set. Returns how many there are.
+
+    Nothing waits for longer than it could have been told to: `grace_seconds` to stop,
+    `backoff_seconds` to be tried again.
+    """
+    is_held = jobs.c.state.in_(HELD)
+    held = update(jobs).where(is_held).values(lease_until=now() + lease_seconds)
+    count = tx.execute(held).rowcount
+    for column, most in (
+        (jobs.c.stop_deadline, grace_seconds),
+        (jobs.c.not_before, backoff_seconds),
+    ):
+        if math.isfinite(most):
+            late = and_(jobs.c.state.in_(UNFINISHED), column > now() + most)
+            tx.execute(update(jobs).where(late).values({column: now() + most}))
+    return count
+
+
+def set_back(tx: Connection) -> None:
+    """Nobody was seen in the future: said where the clock was set back."""
+    tx.execute(update(workers).where(workers.c.seen_at > now()).values(seen_at=now()))

@@ -5,40 +5,39 @@ import logging
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
-from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy import Engine, make_url
 from sqlalchemy.engine import URL, Connection
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from tunesmith.errors import NoSpaceError, NotReadyError
+from tunesmith.errors import NoSpaceError, NotReadyError, ServerError
 from tunesmith.store import migrate, sqlite
+from tunesmith.store.clock import SteadyClock
+from tunesmith.store.group import LocalWriter, Piece, Writer
 from tunesmith.store.sqlite import StoreLocked
 
 __all__ = ["GROUP", "Store", "StoreLocked"]
 
 T = TypeVar("T")
+
+
+class Ear(Protocol):
+    """What hears of other processes' commits."""
+
+    def close(self) -> None: ...
+
+
 Listener = Callable[[frozenset[str]], None]
 GROUP = 256
 """Pieces of work in one commit, at most."""
 _SQLITE_FULL = 13
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Piece(Generic[T]):
-    work: Callable[[Connection], T]
-    future: "Future[T]"
-
-
-class _Broken(Exception):
-    """The transaction is gone, and with it what the pieces before had done."""
 
 
 class Store:
@@ -48,29 +47,51 @@ class Store:
     (or what it may do twice).
     """
 
-    def __init__(self, writer: Engine, readers: Engine, lock: int | None) -> None:
-        self._writer, self._readers, self._lock = writer, readers, lock
-        self._queue: queue.SimpleQueue[_Piece[Any] | None] = queue.SimpleQueue()
+    def __init__(
+        self, engine: Engine, readers: Engine, lock: int | None = None, writer: Writer | None = None
+    ) -> None:
+        self._engine, self._readers, self._lock = engine, readers, lock
+        self._writer: Writer = writer or LocalWriter(engine)
+        self._queue: queue.SimpleQueue[Piece[Any] | None] = queue.SimpleQueue()
         self._listeners: list[Listener] = []
+        self._ear: Ear | None = None
         self._gate = threading.Lock()
         self._is_closed = False
-        self._connection: Connection | None = None
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._thread.start()
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other process can have this database open."""
+        return self._engine.dialect.name == "sqlite"
 
     @classmethod
     def open(cls, url: str, *, clock: Callable[[], float] | None = None) -> "Store":
         """Open, lock and migrate.
 
         Raises StoreLocked where another process has the SQLite file open, ServerError where the
-        schema is newer than this code. `clock` replaces the time of a SQLite database (Unix s).
+        schema is newer than this code or the database can't be used. `clock` replaces the
+        database's own (Unix seconds).
         """
         parsed = make_url(url)
-        if parsed.get_backend_name() != "sqlite":
-            made = create_engine(_with_driver(parsed), pool_pre_ping=True, **_OPTIONS)
-            migrate.upgrade(made)
-            return cls(made, made, None)
-        return cls._open_sqlite(parsed, clock or time.time)
+        if parsed.get_backend_name() == "sqlite":
+            return cls._open_sqlite(parsed, clock or SteadyClock())
+        if parsed.get_backend_name() == "postgresql":
+            return cls._open_postgres(parsed, clock)
+        raise ServerError(
+            f"the database {parsed.drivername} is not known; give the URL of a SQLite file "
+            "(sqlite:///…) or of PostgreSQL (postgresql://…)"
+        )
+
+    @classmethod
+    def _open_postgres(cls, url: URL, clock: Callable[[], float] | None) -> "Store":
+        from tunesmith.store import commits, listen, postgres  # not needed beside SQLite
+
+        engine = postgres.open_engine(url, clock=clock, options=_OPTIONS)
+        writer = commits.PostgresWriter(engine)
+        store = cls(engine, engine, None, writer)
+        store._ear = listen.Listener(engine, writer.id, store._tell)
+        return store
 
     @classmethod
     def _open_sqlite(cls, url: URL, clock: Callable[[], float]) -> "Store":
@@ -79,7 +100,7 @@ class Store:
                 url.set(database=None), clock=clock, begin="BEGIN", mode="MEMORY", options=_OPTIONS
             )
             migrate.upgrade(memory)
-            return cls(memory, memory, None)
+            return cls(memory, memory)
         path = Path(url.database).absolute()
         sqlite.prepare_file(path)
         lock = sqlite.lock(path)
@@ -100,7 +121,7 @@ class Store:
 
         What `work` raises rolls back only itself. NoSpaceError: the disk is full, nothing changed.
         """
-        piece: _Piece[T] = _Piece(work, Future())
+        piece: Piece[T] = Piece(work, Future())
         with self._gate:
             if self._is_closed:
                 raise NotReadyError("the server is shutting down; try again in a few seconds")
@@ -108,14 +129,35 @@ class Store:
         return piece.future
 
     def read(self, work: Callable[[Connection], T]) -> T:
-        """Run `work` on a snapshot, beside the writer and without waiting for it."""
-        if self._readers is self._writer and self._writer.dialect.name == "sqlite":
+        """Run `work` beside the writer and without waiting for it.
+
+        SQLite shows it one snapshot; on PostgreSQL each statement sees what is committed then.
+        Raises NotReadyError where the database can't be reached.
+        """
+        if not self.is_alone:
+            return self._read_far(work)
+        if self._readers is self._engine:
             return self.write(work).result()
         with self._readers.connect() as connection:
             return work(connection)
 
+    def _read_far(self, work: Callable[[Connection], T]) -> T:
+        """Once more where the connection was lost: all that lay idle are lost with it."""
+        for is_last in (False, True):
+            try:
+                with self._readers.connect() as connection:
+                    return work(connection)
+            except (DBAPIError, PoolTimeoutError) as error:
+                explained = _explain(error)
+                if is_last or not isinstance(explained, NotReadyError):
+                    raise explained from error
+        raise AssertionError
+
     def on_commit(self, listener: Listener) -> None:
-        """Call `listener` on the writer thread after each commit, with the topics touched."""
+        """Call `listener` with the topics touched after each commit, here or in another process.
+
+        It is called on a thread of the store's, and must not wait.
+        """
         self._listeners.append(listener)
 
     def close(self) -> None:
@@ -125,9 +167,11 @@ class Store:
                 return
             self._is_closed = True
             self._queue.put(None)
+        if self._ear is not None:
+            self._ear.close()
         self._thread.join()
         self._readers.dispose()
-        self._writer.dispose()
+        self._engine.dispose()
         if self._lock is not None:
             os.close(self._lock)
 
@@ -138,12 +182,11 @@ class Store:
             live = [piece for piece in group if piece.future.set_running_or_notify_cancel()]
             if live:
                 self._commit(live)
-        if self._connection is not None:
-            self._connection.close()
+        self._writer.close()
 
-    def _next_group(self) -> tuple[list[_Piece[Any]], bool]:
+    def _next_group(self) -> tuple[list[Piece[Any]], bool]:
         """Wait for a piece, then take what else is waiting. False once the queue is closed."""
-        group: list[_Piece[Any]] = []
+        group: list[Piece[Any]] = []
         try:
             while len(group) < GROUP:
                 piece = self._queue.get(block=not group)
@@ -154,49 +197,25 @@ class Store:
             pass
         return group, True
 
-    def _commit(self, group: Sequence[_Piece[Any]]) -> None:
+    def _commit(self, group: Sequence[Piece[Any]]) -> None:
         """Commit a group and answer each piece; where it breaks as a whole, one by one."""
         try:
-            answers, topics = self._transact(group)
+            answers = self._writer.run(group)
         except Exception as error:
-            self._abandon(error)
-            if len(group) == 1 or _is_in_doubt(error):
+            _log.warning("a transaction failed as a whole: %s", error)
+            if len(group) == 1 or isinstance(error, NotReadyError):
                 for piece in group:
                     piece.future.set_exception(_explain(error.__cause__ or error))
                 return
             for piece in group:
                 self._commit([piece])
             return
-        for piece, (result, failure) in zip(group, answers, strict=True):
+        for piece, (result, failure) in zip(group, answers.said, strict=True):
             if failure is None:
                 piece.future.set_result(result)
             else:
                 piece.future.set_exception(_explain(failure))
-        self._tell(topics)
-
-    def _transact(
-        self, group: Sequence[_Piece[Any]]
-    ) -> tuple[list[tuple[Any, Exception | None]], frozenset[str]]:
-        if self._connection is None:
-            self._connection = self._writer.connect()
-        connection = self._connection
-        topics: set[str] = set()
-        with connection.begin():
-            answers = [_run_piece(connection, piece, topics) for piece in group]
-        return answers, frozenset(topics)
-
-    def _abandon(self, error: Exception) -> None:
-        """Drop a connection whose transaction failed: the next one starts clean."""
-        _log.warning("a transaction failed as a whole: %s", error)
-        if self._connection is None:
-            return
-        try:
-            if self._writer.pool.__class__.__name__ != "StaticPool":
-                self._connection.invalidate()
-            self._connection.close()
-        except SQLAlchemyError:
-            _log.warning("a broken connection could not be closed", exc_info=True)
-        self._connection = None
+        self._tell(answers.topics)
 
     def _tell(self, topics: frozenset[str]) -> None:
         if not topics:
@@ -208,33 +227,6 @@ class Store:
                 _log.exception("a listener of commits failed")
 
 
-def _run_piece(
-    connection: Connection, piece: _Piece[Any], topics: set[str]
-) -> tuple[Any, Exception | None]:
-    cursor = connection.connection.cursor()
-    connection.info["topics"] = set()
-    cursor.execute("SAVEPOINT piece")
-    try:
-        result = piece.work(connection)
-        cursor.execute("RELEASE SAVEPOINT piece")
-    except Exception as error:
-        try:
-            cursor.execute("ROLLBACK TO SAVEPOINT piece")
-            cursor.execute("RELEASE SAVEPOINT piece")
-        except Exception:
-            raise _Broken(str(error)) from error
-        return None, error
-    finally:
-        cursor.close()
-    topics |= connection.info["topics"]
-    return result, None
-
-
-def _is_in_doubt(error: Exception) -> bool:
-    """Whether the connection was lost, so that the commit may or may not have happened."""
-    return isinstance(error, DBAPIError) and error.connection_invalidated
-
-
 def _explain(error: BaseException) -> BaseException:
     """The same error, or one of ours where the disk is full or the database can't be reached."""
     cause: Any = error.orig if isinstance(error, DBAPIError) else error
@@ -244,16 +236,13 @@ def _explain(error: BaseException) -> BaseException:
     )
     if is_full or (isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)):
         return NoSpaceError("the disk that holds the workspace is full; free space and try again")
-    if isinstance(error, DBAPIError) and (
-        error.connection_invalidated or type(cause).__name__ == "OperationalError"
+    if isinstance(error, PoolTimeoutError) or (
+        isinstance(error, DBAPIError)
+        and (error.connection_invalidated or isinstance(error, OperationalError))
     ):
         _log.error("the database failed: %s", cause)
         return NotReadyError("the database can't be reached; try again in a few seconds")
     return error
-
-
-def _with_driver(url: URL) -> URL:
-    return url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
 
 
 def _encode(value: Any) -> str:

@@ -1,7 +1,7 @@
 """How an attempt ends, and what becomes of its job: the table of states, in one place."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,9 @@ def finish(
         return rows.to_job(row)
     retry = Retry(max_lapses, backoff_seconds)
     verdict = _judge(row, outcome, retry)
+    is_oom = verdict.failure_class is FailureClass.OOM_HOST and not row["stop_mode"]
+    if is_oom and not _has_failed_so(tx, job_id):
+        verdict = replace(verdict, state=JobState.QUEUED, reason="failure")
     settled = _settle(tx, row, verdict, rows.is_current(fence), outcome, promote, retry)
     if settled is None:
         raise rows.fenced(job_id, fence)
@@ -77,6 +80,13 @@ def finish(
     if verdict.state is JobState.CANCELLED and outcome.artifact and outcome.manifest_sha256:
         _keep_artifact(tx, job_id, fence, outcome)
     return rows.to_job(settled)
+
+
+def _has_failed_so(tx: Connection, job_id: str) -> bool:
+    """Whether memory ran out under an earlier attempt: once, a neighbour may have taken it."""
+    query = select(attempts.c.outcome).where(attempts.c.job_id == job_id)
+    outcomes = (outcome for outcome in tx.scalars(query) if outcome)
+    return any(outcome["failure_class"] == FailureClass.OOM_HOST for outcome in outcomes)
 
 
 def _judge(row: RowMapping, outcome: Outcome, retry: Retry) -> Verdict:
@@ -103,7 +113,13 @@ def _failed(
     told = (failure, rows.clean(message), rows.clean(hint or failure.hint))
     if failure.is_retryable and row["lapses"] + 1 < retry.max_lapses:
         return Verdict(JobState.QUEUED, reason, True, *told)
+    if failure.is_retryable and reason != rows.LAPSE and row["lapses"]:
+        told = (failure, told[1] + _tries(row["lapses"] + 1), told[2])
     return Verdict(JobState.FAILED, "", True, *told)
+
+
+def _tries(count: int) -> str:
+    return f" ({count} attempts in a row failed without a new checkpoint; this was the last)"
 
 
 def _settle(
@@ -260,6 +276,17 @@ def forget_boot(
     """Take back what a worker had before it was started again, but for what it still holds."""
     is_its = jobs.c.worker_id == worker_id
     return _take_back(tx, is_its, Retry(max_lapses, backoff_seconds), limit=10_000, kept=held)
+
+
+def queue_again(tx: Connection, reason: str) -> list[Job]:
+    """Take back all that any worker had: it counts as no lapse. What was stopping has stopped."""
+    taken, guard, retry = [], jobs.c.state.in_(HELD), Retry(1, 0.0)
+    for row in tx.execute(select(jobs).where(guard)).mappings().all():
+        verdict = _lost(row, retry) if row["stop_mode"] else Verdict(JobState.QUEUED, reason)
+        settled = _settle(tx, row, verdict, guard, None, None, retry)
+        if settled is not None:
+            taken.append(rows.to_job(settled))
+    return taken
 
 
 def _take_back(

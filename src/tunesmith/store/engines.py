@@ -291,6 +291,12 @@ def lost(tx: Connection, silent_seconds: float) -> list[str]:
     return gone
 
 
+def forget_all(tx: Connection) -> None:
+    """None of them runs: this database was restored."""
+    for engine_id in tx.scalars(select(engines.c.id).where(engines.c.state.in_(_LIVE))).all():
+        _settle(tx, engine_id, "stopped", None)
+
+
 def _to_engine(row: RowMapping) -> Engine:
     needs = {"gpus": row["needs_gpus"], "memory_bytes": row["needs_memory_bytes"]}
     kept = {name: row[name] for name in Engine.model_fields if name != "needs"}

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from tunesmith.errors import BadRequestError, PayloadTooLargeError
 from tunesmith.manifest import fsync_folder
+from tunesmith.store import locks
 from tunesmith.store.space import told_as_no_space
 
 MAX_PATH_LENGTH = 4096
@@ -118,11 +119,12 @@ class Blobs:
     """The folder in which every uploaded file lies under the digest of its bytes."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` is `.tunesmith/blobs`; what an earlier process left half-written is removed."""
+        """`folder` is `.tunesmith/blobs`; what ended processes left half-written is removed."""
         self._folder = folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for part in folder.glob("*.part"):
-            part.unlink(missing_ok=True)
+            with locks.holding(part):
+                pass
 
     def path(self, sha256: str) -> Path:
         assert len(sha256) == 64
@@ -147,7 +149,8 @@ class Incoming:
 
     def __enter__(self) -> "Incoming":
         with told_as_no_space():
-            descriptor = os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            descriptor = locks.try_hold(self.part)
+        assert descriptor is not None, "its name was drawn just now"
         self._file = os.fdopen(descriptor, "wb")
         return self
 

@@ -1,12 +1,15 @@
 """One answer to one Idempotency-Key, however often the request comes."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import delete, insert, select
+import msgspec
+from sqlalchemy import bindparam, delete, select
 from sqlalchemy.engine import Connection
 
 from tunesmith.errors import BadRequestError, ValidationError
 from tunesmith.spec.strict import Strict
+from tunesmith.store.prepared import Prepared, insert
 from tunesmith.store.tables import idempotency_keys as kept
 from tunesmith.store.tables import now
 
@@ -41,11 +44,30 @@ def find(tx: Connection, owner: str, route: str, key: str, body_sha256: str) -> 
 
 def keep(
     tx: Connection, owner: str, route: str, key: str, body_sha256: str, answer: Stored
-) -> None:
-    """Remember the answer. Call `find` first, in the same transaction."""
-    row = {"owner": owner, "route": route, "key": key, "body_sha256": body_sha256}
-    values = {**row, "status": answer.status, "response": answer.response}
-    tx.execute(insert(kept).values(**values, created_at=now()))
+) -> bool:
+    """Remember the answer. False where there is one already: then nothing was changed."""
+    return keep_many(tx, [row(owner, route, key, body_sha256, answer)])
+
+
+def row(owner: str, route: str, key: str, body_sha256: str, answer: Stored) -> dict[str, Any]:
+    """As `keep_many` takes it."""
+    response = msgspec.json.encode(answer.response).decode()
+    asked = {"owner": owner, "route": route, "key": key, "body_sha256": body_sha256}
+    return {**asked, "status": answer.status, "response": response}
+
+
+def keep_many(tx: Connection, answers: Sequence[dict[str, Any]]) -> bool:
+    """False where one of them has an answer already: then take the transaction back."""
+    return _KEEP.run(tx, answers).rowcount == len(answers)
+
+
+def _keep(dialect: str) -> Any:
+    given = ("owner", "route", "key", "body_sha256", "status", "response")
+    values = {name: bindparam(name, type_=kept.c[name].type) for name in given}
+    return insert(dialect, kept).values(**values, created_at=now()).on_conflict_do_nothing()
+
+
+_KEEP = Prepared(_keep)
 
 
 def check(key: str) -> None:

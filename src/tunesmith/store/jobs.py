@@ -1,20 +1,18 @@
-"""A job from the user's side: submit, look, stop, go on. Functions of an open transaction.
+"""A job from the user's side: look, stop, go on. Functions of an open transaction.
 
 Every change of state is one UPDATE with its guard in the WHERE, and the event that tells of it is
-in the same transaction. The worker's side is in `claims` and `endings`, offered here as well.
+in the same transaction. How it comes in is in `submissions`, the worker's side in `claims` and
+`endings`; they are offered here as well.
 """
 
-import secrets
 from collections.abc import Collection, Sequence
-from os import PathLike
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, bindparam, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, func, or_, select
 from sqlalchemy.engine import Connection, RowMapping
-from sqlalchemy.exc import IntegrityError
 
-from tunesmith.errors import ConflictError, FailureClass, RateLimitError
-from tunesmith.spec.records import Job, JobState, NewJob, StopMode
+from tunesmith.errors import ConflictError, FailureClass
+from tunesmith.spec.records import Job, JobState, StopMode
 from tunesmith.store import rows
 from tunesmith.store.claims import (
     Claimed,
@@ -27,10 +25,12 @@ from tunesmith.store.claims import (
     unfit,
 )
 from tunesmith.store.endings import finish, forget_boot, reap
-from tunesmith.store.tables import is_unfinished, jobs, now, quotas, touch
+from tunesmith.store.submissions import OneByOne, submit, submit_many
+from tunesmith.store.tables import jobs, now
 
 __all__ = [
     "Claimed",
+    "OneByOne",
     "check_token",
     "claim",
     "count_by_state",
@@ -49,6 +49,7 @@ __all__ = [
     "request_stop",
     "resume",
     "submit",
+    "submit_many",
     "tell_waiting",
     "to_validate",
     "unfit",
@@ -56,129 +57,6 @@ __all__ = [
 
 _WAITING = (JobState.QUEUED.value, JobState.PAUSED.value)
 _STRENGTH = {StopMode.PAUSE: 0, StopMode.CANCEL: 1, StopMode.FORCE: 2}
-
-
-def submit(
-    tx: Connection, new: NewJob, *, max_unfinished: int, outputs_root: str | PathLike[str]
-) -> Job:
-    """Write the job and event 1. `output_dir` is `<outputs_root>/<id>` where none was asked for.
-
-    Raises RateLimitError where the owner has `max_unfinished` jobs, ConflictError where an
-    unfinished job writes to the same folder.
-    """
-    _take_quota(tx, new.owner, max_unfinished)
-    job_id, at = _draw_id(tx, new.output_dir)
-    row = {
-        **new.model_dump(mode="json", exclude={"needs"}),
-        "id": job_id,
-        "output_dir": new.output_dir or f"{outputs_root}/{job_id}",
-        "needs_gpus": new.needs.gpus,
-        "needs_memory_bytes": new.needs.memory_bytes,
-        "label": None if new.label is None else rows.clean(new.label),
-        "state": JobState.QUEUED.value,
-        "created_at": at,
-        "not_before": at,
-    }
-    try:
-        tx.execute(_ADD, row)
-    except IntegrityError:
-        raise ConflictError(
-            f"an unfinished job writes to {row['output_dir']}; choose another output_dir",
-            param="output_dir",
-        ) from None
-    rows.write_lines(tx, job_id, 0, 1, [("queued", {})])
-    touch(tx, "queue")
-    return Job.model_validate(
-        {
-            **{name: value for name, value in row.items() if not name.startswith("needs_")},
-            **_FRESH,
-            "needs": new.needs,
-        }
-    )
-
-
-_ADD = insert(jobs)
-_ONE_MORE = (
-    update(quotas)
-    .where(quotas.c.owner == bindparam("by"), quotas.c.unfinished < bindparam("most"))
-    .values(unfinished=quotas.c.unfinished + 1)
-)
-_RIVALS = select(
-    now(),
-    select(jobs.c.id).where(jobs.c.id == bindparam("id")).scalar_subquery(),
-    select(jobs.c.id)
-    .where(jobs.c.output_dir == bindparam("folder"), is_unfinished())
-    .limit(1)
-    .scalar_subquery(),
-)
-_FRESH: dict[str, Any] = {
-    "fence": 0,
-    "attempts": 0,
-    "lapses": 0,
-    "worker_id": None,
-    "lease_until": None,
-    "stop_mode": None,
-    "stop_deadline": None,
-    "requeue_reason": None,
-    "plan": None,
-    "last_seq": 1,
-    "progress": 0.0,
-    "step": 0,
-    "total_steps": None,
-    "metrics": {},
-    "eta_seconds": None,
-    "checkpoint_step": None,
-    "artifact": None,
-    "failure_class": None,
-    "error": None,
-    "hint": None,
-    "started_at": None,
-    "finished_at": None,
-}
-
-
-def _take_quota(tx: Connection, owner: str, max_unfinished: int) -> None:
-    if tx.execute(_ONE_MORE, {"by": owner, "most": max_unfinished}).rowcount:
-        return
-    if tx.scalar(select(quotas.c.unfinished).where(quotas.c.owner == owner)) is not None:
-        raise RateLimitError(
-            f"{max_unfinished} of your jobs are unfinished, and that is the limit; wait for one, "
-            "or cancel one"
-        )
-    tx.execute(insert(quotas), {"owner": owner, "unfinished": 1})
-
-
-def _draw_id(tx: Connection, output_dir: str | None) -> tuple[str, float]:
-    """A new id and the time. Raises ConflictError where the folder is taken."""
-    while True:
-        job_id = secrets.token_hex(4)
-        at, taken, rival = tx.execute(_RIVALS, {"id": job_id, "folder": output_dir}).one()
-        if rival is not None:
-            raise ConflictError(
-                f"job {rival} is not finished and writes to {output_dir}; wait for it, cancel it, "
-                "or choose another output_dir",
-                param="output_dir",
-            )
-        if taken is None:
-            break
-    if output_dir is not None:
-        _refuse_nested(tx, output_dir)
-    return job_id, at
-
-
-def _refuse_nested(tx: Connection, output_dir: str) -> None:
-    """One model's folder inside another's would be swept away with it, or keep it from its place.
-
-    Raises ConflictError.
-    """
-    others = tx.execute(select(jobs.c.id, jobs.c.output_dir).where(is_unfinished()))
-    for job_id, other in others:
-        if f"{output_dir}/".startswith(f"{other}/") or f"{other}/".startswith(f"{output_dir}/"):
-            raise ConflictError(
-                f"job {job_id} is not finished and writes to {other}, which overlaps with "
-                f"{output_dir}; choose another output_dir",
-                param="output_dir",
-            )
 
 
 def get(tx: Connection, job_id: str, owner: str | None = None) -> Job:

@@ -23,9 +23,11 @@ class Key(Strict):
     name: str
     created_at: float
     revoked_at: float | None
+    is_worker: bool = False
+    """Opens the workers' routes, and nothing else."""
 
 
-def make(tx: Connection, owner: str, name: str = "") -> tuple[Key, str]:
+def make(tx: Connection, owner: str, name: str = "", is_worker: bool = False) -> tuple[Key, str]:
     """A new key; its text is known only here and now."""
     text = "sk-" + secrets.token_urlsafe(32)
     row = {
@@ -34,6 +36,7 @@ def make(tx: Connection, owner: str, name: str = "") -> tuple[Key, str]:
         "hint": text[:8] + "…",
         "owner": clean(owner),
         "name": clean(name),
+        "is_worker": is_worker,
     }
     tx.execute(insert(api_keys).values(**row, created_at=now()))
     found = tx.execute(select(api_keys).where(api_keys.c.id == row["id"])).mappings().one()
@@ -72,8 +75,9 @@ def find(tx: Connection, presented: str) -> Key | None:
 
 
 def has_any(tx: Connection) -> bool:
-    """Whether a key was ever made: then every request wants one."""
-    return tx.scalar(select(api_keys.c.id).limit(1)) is not None
+    """Whether a user's key was ever made: then every request wants one."""
+    query = select(api_keys.c.id).where(api_keys.c.is_worker.is_(False)).limit(1)
+    return tx.scalar(query) is not None
 
 
 def _hash(text: str) -> str:

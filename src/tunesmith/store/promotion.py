@@ -1,8 +1,8 @@
 """How an artifact becomes a job's output: names are exchanged, so that a crash leaves old or new.
 
-The order: journal written → artifact brought to the output's file system → names exchanged →
-folders synced → old one removed → journal removed. Where the kernel can't exchange names, the old
-one is moved aside first; `redo` at the next start finishes that.
+The order: place locked → journal written → artifact brought to the output's file system → names
+exchanged → folders synced → old one removed → journal removed. Where the kernel can't exchange
+names, the old one is moved aside first; `redo` at the next start finishes that.
 """
 
 import ctypes
@@ -15,12 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tunesmith import manifest
-from tunesmith.errors import ConflictError
+from tunesmith.errors import ConflictError, NotReadyError
 from tunesmith.manifest import MANIFEST, Manifest
+from tunesmith.store import locks
 from tunesmith.store.space import told_as_no_space
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+PATIENCE_SECONDS = 20.0
+"""For another process that has the same output's place."""
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -55,6 +58,70 @@ def _occupied(output_dir: Path, fault: str) -> ConflictError:
     )
 
 
+class Promotion:
+    """One artifact on its way to its output. No other process has the output's place meanwhile.
+
+    `journal` is a folder that `redo` reads at the next start.
+    """
+
+    def __init__(
+        self,
+        artifact: Path,
+        output_dir: Path,
+        *,
+        manifest_sha256: str,
+        journal: Path,
+        can_exchange: bool = True,
+    ) -> None:
+        self._artifact, self._output, self._digest = artifact, output_dir, manifest_sha256
+        self._can_exchange = can_exchange
+        self._line = _line(journal, output_dir)
+        self._lock: int | None = None
+        self._plan: _Plan | None = None
+
+    def stage(self) -> None:
+        """What takes long: bring it near, where a rename can't reach the output.
+
+        Raises as `promote`, and NotReadyError where another process has the place.
+        """
+        with told_as_no_space():
+            self._line.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                self._lock = locks.hold(self._line.with_suffix(".lock"), PATIENCE_SECONDS)
+            except TimeoutError:
+                raise NotReadyError("another server is writing this output; try again") from None
+            if _digest(self._output) == self._digest:
+                return
+            if _digest(self._artifact) != self._digest:
+                raise manifest.BrokenManifest(
+                    f"{self._artifact} is not the artifact that was reported"
+                )
+            check_output(self._output)
+            _make_parents(self._output)
+            plan = _plan(self._artifact, self._output, self._digest)
+            manifest.write_durably(self._line, json.dumps(asdict(plan)).encode())
+            self._plan = plan
+            _bring_near(plan)
+
+    def swap(self) -> Path:
+        """What is quick: exchange the names. Done again, it changes nothing."""
+        with told_as_no_space():
+            if _digest(self._output) != self._digest:
+                assert self._plan is not None, "it is staged before it is swapped"
+                check_output(self._output)
+                staged, aside = Path(self._plan.staged), Path(self._plan.aside)
+                _swap(staged, self._output, aside, self._can_exchange)
+        return self._output
+
+    def close(self) -> None:
+        """Remove what was replaced, or the copy that was not wanted, and let the place go."""
+        if self._plan is not None:
+            _redo_one(self._plan, self._line)
+        if self._lock is not None:
+            locks.let_go(self._line.with_suffix(".lock"), self._lock)
+            self._lock = None
+
+
 def promote(
     artifact: Path,
     output_dir: Path,
@@ -66,25 +133,25 @@ def promote(
     """Move a sealed artifact to `output_dir`, in place of an earlier one. Returns `output_dir`.
 
     Its bytes are verified before, elsewhere; here only its manifest is, by digest. Done again after
-    it was done, it changes nothing. `journal` is a folder that `redo` reads at the next start.
-    Raises, with the old output whole: ConflictError (see `check_output`), NoSpaceError, and
-    BrokenManifest where the artifact is missing or another one.
+    it was done, it changes nothing. Raises, with the old output whole: ConflictError (see
+    `check_output`), NoSpaceError, and BrokenManifest where the artifact is missing or another one.
     """
-    with told_as_no_space():
-        if _digest(output_dir) == manifest_sha256:
-            return output_dir
-        if _digest(artifact) != manifest_sha256:
-            raise manifest.BrokenManifest(f"{artifact} is not the artifact that was reported")
-        check_output(output_dir)
-        _make_parents(output_dir)
-        plan = _plan(artifact, output_dir, manifest_sha256)
-        journal.mkdir(mode=0o700, parents=True, exist_ok=True)
-        line = journal / (hashlib.sha256(os.fsencode(output_dir)).hexdigest()[:32] + ".json")
-        manifest.write_durably(line, json.dumps(asdict(plan)).encode())
-        _bring_near(plan)
-        _swap(Path(plan.staged), output_dir, Path(plan.aside), can_exchange)
-        _tidy(plan, line)
-    return output_dir
+    moving = Promotion(
+        artifact,
+        output_dir,
+        manifest_sha256=manifest_sha256,
+        journal=journal,
+        can_exchange=can_exchange,
+    )
+    try:
+        moving.stage()
+        return moving.swap()
+    finally:
+        moving.close()
+
+
+def _line(journal: Path, output_dir: Path) -> Path:
+    return journal / (hashlib.sha256(os.fsencode(output_dir)).hexdigest()[:32] + ".json")
 
 
 def _make_parents(output_dir: Path) -> None:
@@ -187,9 +254,15 @@ def redo(journal: Path) -> list[Path]:
         return []
     outputs = []
     for line in sorted(journal.glob("*.json")):
-        plan = _Plan(**json.loads(line.read_bytes()))
-        _redo_one(plan, line)
-        outputs.append(Path(plan.output))
+        with locks.holding(line.with_suffix(".lock")) as is_ours:
+            if not is_ours or not line.exists():  # a server that lives is at it
+                continue
+            plan = _Plan(**json.loads(line.read_bytes()))
+            _redo_one(plan, line)
+            outputs.append(Path(plan.output))
+    for lock in journal.glob("*.lock"):
+        with locks.holding(lock):
+            pass
     return outputs
 
 

@@ -58,6 +58,15 @@ def reserve(tx: Connection, worker_id: str, holder: str, needs: Needs, gpus: Seq
     )
 
 
+def are_free(tx: Connection, worker_id: str, gpus: Sequence[int]) -> bool:
+    """Whether nobody holds any of these GPUs."""
+    taken = select(reservations.c.device).where(
+        reservations.c.worker_id == worker_id,
+        reservations.c.device.in_([f"gpu:{index}" for index in gpus]),
+    )
+    return not gpus or tx.scalar(taken.limit(1)) is None
+
+
 def fits_at_most(needs: Needs, capacity: Capacity) -> bool:
     """Whether a worker that does nothing else could take it."""
     if needs.gpus:

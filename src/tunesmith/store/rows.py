@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, delete, insert, or_, select, update
+from sqlalchemy import ColumnElement, Select, Table, and_, delete, insert, or_, select, update
 from sqlalchemy.engine import Connection, RowMapping
 
 from tunesmith.errors import FencedError, NotFoundError
 from tunesmith.spec.records import Job, JobState
+from tunesmith.store import outbox, prepared
 from tunesmith.store.tables import (
     HELD,
     attempts,
@@ -55,14 +56,20 @@ def clean(text: str) -> str:
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
 
+def add_once(tx: Connection, table: Table, row: Mapping[str, Any]) -> bool:
+    """Insert a row; False where one with a key of its is there, or comes from another process."""
+    added = prepared.insert(tx.dialect.name, table).values(row).on_conflict_do_nothing()
+    return tx.execute(added.returning(*table.primary_key)).first() is not None
+
+
 def find(tx: Connection, job_id: str, owner: str | None = None) -> RowMapping:
     """Raises NotFoundError, also where the job is another owner's."""
-    return _one(tx, select(jobs).where(jobs.c.id == job_id), job_id, owner)
+    return _one(tx, select(jobs).where(jobs.c.id == clean(job_id)), job_id, owner)
 
 
 def lock(tx: Connection, job_id: str, owner: str | None = None) -> RowMapping:
     """The row, kept from changing until the transaction ends."""
-    return _one(tx, select(jobs).where(jobs.c.id == job_id).with_for_update(), job_id, owner)
+    return _one(tx, select(jobs).where(jobs.c.id == clean(job_id)).with_for_update(), job_id, owner)
 
 
 def _one(tx: Connection, query: Any, job_id: str, owner: str | None) -> RowMapping:
@@ -94,7 +101,7 @@ def change(
     lines: Sequence[Line],
     **values: Any,
 ) -> RowMapping | None:
-    """Change the row where `guard` holds, and write the events that tell of it.
+    """Change the row where `guard` holds, write the events that tell of it, and owe the messages.
 
     Returns the row after the change, or None where the guard kept it as it was.
     """
@@ -110,6 +117,8 @@ def change(
     write_lines(tx, job_id, row["fence"], row["last_seq"] - len(lines) + 1, lines)
     if "state" in values or "is_validated" in values:
         touch(tx, "queue")
+    if values.get("state") in outbox.TYPES:
+        outbox.owe(tx, row)
     return row
 
 

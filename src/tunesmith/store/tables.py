@@ -27,8 +27,13 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from tunesmith.spec.records import JobState
 
+UNCHECKED = "unchecked"
+"""The topic of jobs whose data waits for its check."""
 CLOCK = "tunesmith_now"
 """The name under which the clock is registered with SQLite."""
+POSTGRES_CLOCK = "extract(epoch from clock_timestamp())::double precision"
+ALL = "*"
+"""The topic of everything: whoever waits for any topic is woken by it."""
 UNFINISHED = tuple(state.value for state in JobState if not state.is_final)
 HELD = (JobState.STARTING.value, JobState.RUNNING.value, JobState.STOPPING.value)
 """States in which a worker holds the job."""
@@ -60,7 +65,7 @@ def _now_on_sqlite(element: Any, compiler: Any, **options: Any) -> str:
 
 @compiles(_Now, "postgresql")
 def _now_on_postgresql(element: Any, compiler: Any, **options: Any) -> str:
-    return "extract(epoch from clock_timestamp())::double precision"
+    return POSTGRES_CLOCK
 
 
 def now() -> _Now:
@@ -295,6 +300,7 @@ api_keys = Table(
     Column("name", Text, nullable=False),
     Column("created_at", Double, nullable=False),
     Column("revoked_at", Double),
+    Column("is_worker", Boolean, nullable=False, server_default=text("false")),
 )
 
 idempotency_keys = Table(
@@ -347,6 +353,15 @@ duties = Table(
 )
 """Work that one API process does for all, under a lease."""
 
+commits = Table(
+    "commits",
+    metadata,
+    Column("writer", String(64), primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    Column("at", Double, nullable=False),
+)
+"""On PostgreSQL, each writer's last commit: what it asks for after its connection broke."""
+
 webhook_endpoints = Table(
     "webhook_endpoints",
     metadata,
@@ -359,6 +374,8 @@ webhook_endpoints = Table(
     Column("secret", String(200), nullable=False),
     Column("old_secret", String(200)),
     Column("old_secret_until", Double),
+    Column("disabled_at", Double),
+    Column("disabled_reason", Text),
     Column("created_at", Double, nullable=False),
     Column("updated_at", Double),
 )
@@ -373,27 +390,31 @@ outbox = Table(
     Column("body", Text, nullable=False),
     Column("created_at", Double, nullable=False),
     Column("due_at", Double, nullable=False),
+    Column("give_up_at", Double, nullable=False),
     Column("tries", Integer, nullable=False, server_default="0"),
     Column("holder", String(64)),
-    Column("lease_until", Double),
     Column("done_at", Double),
     Column("status", Integer),
     Column("error", Text),
     UniqueConstraint("id", "endpoint_id"),
-    Index("ix_outbox_due", "due_at", **_partial(text("done_at is null"))),
+    Index("ix_outbox_endpoint_number", "endpoint_id", "number"),
+    Index("ix_outbox_due", "endpoint_id", "due_at", **_partial(text("done_at is null"))),
+    Index("ix_outbox_order", "endpoint_id", "job_id", **_partial(text("done_at is null"))),
 )
-"""Webhook messages owed: written with the state that they tell of, sent until taken."""
+"""Webhook messages owed: written with the state that they tell of, sent until taken. Who holds one
+has put `due_at` to where its lease ends."""
 
 mirrors = Table(
     "mirrors",
     metadata,
     Column("job_id", String(8), ForeignKey("jobs.id"), primary_key=True),
+    Column("experiment_id", String(64)),
     Column("run_id", String(64)),
     Column("sent_seq", Integer, nullable=False, server_default="0"),
+    Column("sent_step", Integer, nullable=False, server_default="0"),
     Column("due_at", Double, nullable=False),
     Column("tries", Integer, nullable=False, server_default="0"),
     Column("holder", String(64)),
-    Column("lease_until", Double),
     Column("done_at", Double),
     Column("error", Text),
     Index("ix_mirrors_due", "due_at", **_partial(text("done_at is null"))),
