@@ -17,6 +17,9 @@ class Plan(Strict):
     """What is fixed at a job's first claim, so that every attempt computes the same bits."""
 
     threads: int = Field(ge=1, le=4096)
+    """Of each process."""
+    processes: int = Field(1, ge=1, le=1024)
+    """That share each step."""
     device: str = Field("cpu", max_length=40)
     """`cpu`, or `cuda:0` as the trainer sees it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -31,6 +34,12 @@ class Inputs(Strict):
     model: str
     dataset: str
     eval_dataset: str | None = None
+    named: dict[str, str] = {}
+    """What the result calls a model instead of its path here, where it has another elsewhere."""
+
+    @property
+    def name_of_model(self) -> str:
+        return self.named.get(self.model, self.model)
 
 
 class TrainerTask(Strict):

@@ -57,6 +57,8 @@ class Run(Strict):
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """auto: only where memory does not suffice."""
     quantization: Literal["4bit", "8bit"] | None = None
+    devices: int = Field(1, ge=1, le=1024)
+    """GPUs that share each step, or processes on a CPU: data parallel, under torchrun."""
     logging_steps: int = Field(1, ge=1, le=1_000_000)
     save_steps: int | None = Field(None, ge=1, le=100_000_000)
     save_seconds: float = Field(60, gt=0, le=86_400)

@@ -2,10 +2,13 @@
 
     python -m tunesmith.train < task.json
 
+Under torchrun (`tunesmith.train.launch`) the task is a file, --task FILE; rank 0 reads it and
+alone speaks, but for a failure.
 Ends with 0 where the job finished or stopped as asked, with 1 where it failed.
 """
 
 import contextlib
+import os
 import sys
 import traceback
 
@@ -24,7 +27,8 @@ def main() -> int:
     process.give_way()
     asks = process.Asks()
     asks.listen()
-    report = Report(process.claim_stdout())
+    is_heard = os.environ.get("RANK", "0") == "0"
+    report = Report(process.claim_stdout(), is_heard=is_heard)
     try:
         _carry_out(report, asks)
     except BrokenPipeError:
@@ -36,14 +40,29 @@ def main() -> int:
 
 
 def _carry_out(report: Report, asks: process.Asks) -> None:
-    body = sys.stdin.buffer.read(MAX_TASK_BYTES + 1)
+    body = _task()
     if len(body) > MAX_TASK_BYTES:
         raise JobFailure(FailureClass.USER_ERROR, f"a task of over {MAX_TASK_BYTES:,} bytes")
-    task = TrainerTask.model_validate_json(body)
     # Here, so that the environment is set before torch is loaded.
+    from tunesmith.train import parallel
     from tunesmith.train.job import Job
 
-    Job(task, report, asks).run()
+    group = parallel.join()
+    try:
+        task = TrainerTask.model_validate_json(group.tell(body))
+        Job(task, report, asks, group).run()
+    finally:
+        parallel.leave()
+
+
+def _task() -> bytes:
+    """Empty on the ranks that are told by rank 0."""
+    if os.environ.get("RANK", "0") != "0":
+        return b""
+    if "--task" in sys.argv:
+        with open(sys.argv[sys.argv.index("--task") + 1], "rb") as file:
+            return file.read(MAX_TASK_BYTES + 1)
+    return sys.stdin.buffer.read(MAX_TASK_BYTES + 1)
 
 
 def _fail(report: Report, error: Exception) -> int:

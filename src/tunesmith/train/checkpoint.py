@@ -8,6 +8,7 @@ step-<n>/model/                what transformers or PEFT loads, with the tokeniz
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 from tunesmith import manifest
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.spec.pipe import Checkpointed
+from tunesmith.train.failure import is_disk_full
 
 KIND = "checkpoint"
 _OPTIMIZER, _RANDOM, _STATE, _MODEL = (
@@ -67,20 +69,17 @@ class Shelf:
     def write(self, snapshot: Snapshot) -> Checkpointed:
         """Stage, seal, rename; then let go of the oldest.
 
-        Raises whatever the disk says, with the older checkpoints and no staging folder left.
+        On a full disk all but the newest are let go first, and it is tried once more. Raises
+        whatever the disk says, with at least the newest checkpoint and no staging folder left.
         """
         final = self.folder / f"step-{snapshot.step}"
-        staging = self.folder / f".step-{snapshot.step}.part"
-        if final.exists():
-            manifest.remove(final)
         try:
-            (staging / _MODEL).mkdir(parents=True)
-            _fill(staging, snapshot)
-            digest = manifest.commit(staging, final, KIND, {"step": snapshot.step})
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-        self._thin()
+            digest = self._commit(snapshot, final)
+        except Exception as error:
+            if not is_disk_full(error) or not self.thin(1):
+                raise
+            digest = self._commit(snapshot, final)
+        self.thin(self._keep)
         return Checkpointed(
             step=snapshot.step,
             path=str(final.absolute()),
@@ -88,10 +87,28 @@ class Shelf:
             size_bytes=sum(path.stat().st_size for path in final.rglob("*") if path.is_file()),
         )
 
-    def _thin(self) -> None:
+    def thin(self, keep: int) -> bool:
+        """Let go of all but the newest `keep`. Whether there was something to let go of."""
         held = sorted(self.folder.glob("step-*"), key=_step_of)
-        for old in held[: -self._keep]:
+        for old in held[:-keep]:
             manifest.remove(old)
+        return len(held) > keep
+
+    def _commit(self, snapshot: Snapshot, final: Path) -> str:
+        """Returns the manifest's digest. One of the same step gives way once this one is whole."""
+        staging = self.folder / f".step-{snapshot.step}.part"
+        try:
+            (staging / _MODEL).mkdir(parents=True)
+            _fill(staging, snapshot)
+            digest = manifest.seal(staging, KIND, {"step": snapshot.step})
+            if final.exists():
+                manifest.remove(final)
+            os.rename(staging, final)
+            manifest.fsync_folder(final.parent)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        return digest
 
 
 def read(folder: Path) -> Saved:

@@ -1,6 +1,7 @@
 """One training job from its task to its artifact."""
 
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,14 @@ from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.nn.language import LanguageModel, open_model
 from tunesmith.spec.pipe import Finished, Notice, Plan, Started, Stopped, TrainerTask
 from tunesmith.spec.train import Lora, Sft
-from tunesmith.train import artifact, checkpoint, plan, randomness
+from tunesmith.train import artifact, checkpoint, plan, randomness, space
 from tunesmith.train.batches import Feed, Interrupted, Source
 from tunesmith.train.checkpoint import Saved, Shelf
+from tunesmith.train.failure import is_disk_full
 from tunesmith.train.loop import Loop, Parts
+from tunesmith.train.naming import name_base
 from tunesmith.train.omissions import Omissions
+from tunesmith.train.parallel import Group
 from tunesmith.train.pretrain import BlockSource
 from tunesmith.train.process import Asks
 from tunesmith.train.report import Report
@@ -35,13 +39,17 @@ class Opened:
     eval_rows: RowIndex | None
     max_length: int
     """Tokens of a sample: as asked for, or the model's context where that is shorter."""
+    named: Mapping[str, str]
+    """Published names of models, by path."""
 
 
 class Job:
     """Carries out a task; everything it says goes to `report`."""
 
-    def __init__(self, task: TrainerTask, report: Report, asks: Asks) -> None:
-        self._task, self._spec = task, task.spec
+    def __init__(
+        self, task: TrainerTask, report: Report, asks: Asks, group: Group = Group()
+    ) -> None:
+        self._task, self._spec, self._group = task, task.spec, group
         self._report, self._asks = report, asks
         self._lora: Lora | None = task.spec.lora if isinstance(task.spec, Sft) else None
 
@@ -61,8 +69,12 @@ class Job:
             self._carry_out(self._open(files), saved)
 
     def _carry_out(self, opened: Opened, saved: Saved | None) -> None:
+        self._wanted = space.Wanted.by(opened.model.trainable().values())
+        self._check_room()
         source = self._source(opened, opened.rows, self._spec.optim.seed)
         loop = self._loop(opened, source)
+        if not self._group.is_first:  # another dropout than rank 0's
+            randomness.seed_all(self._spec.optim.seed + self._group.rank)
         try:
             if saved is not None:
                 loop.restore(saved)
@@ -75,6 +87,13 @@ class Job:
         else:
             self._report.send(Stopped(step=loop.counts.step))
 
+    def _check_room(self) -> None:
+        folder = Path(self._task.attempt_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        warning = space.check(folder, self._wanted)
+        if warning is not None:
+            self._notice("disk_low", warning)
+
     def _saved(self) -> Saved | None:
         if self._task.resume_from is None:
             return None
@@ -86,7 +105,7 @@ class Job:
             return self._task.plan
         if saved is not None:
             return Plan.model_validate(saved.state["plan"])
-        return plan.choose(self._task)
+        return plan.choose(self._task, self._group.size)
 
     def _open(self, files: ExitStack) -> Opened:
         rows = files.enter_context(open_rows(self._task.inputs.dataset))
@@ -108,6 +127,7 @@ class Job:
             rows=rows,
             eval_rows=None if evaluation is None else files.enter_context(open_rows(evaluation)),
             max_length=self._max_length(model),
+            named=self._task.inputs.named,
         )
 
     def _renderer(self, rows: RowIndex) -> Renderer:
@@ -138,7 +158,7 @@ class Job:
 
     def _source(self, opened: Opened, rows: RowIndex, seed: int | None) -> Source:
         def should_stop() -> bool:
-            return self._asks.should_stop
+            return self._asks.should_stop and self._group.size == 1
 
         if isinstance(self._spec, Sft):
             cut = Cut(opened.max_length, self._spec.overlong, self._spec.train_on)
@@ -147,7 +167,7 @@ class Job:
 
     def _loop(self, opened: Opened, source: Source) -> Loop:
         optim = self._spec.optim
-        samples = optim.batch_size * optim.gradient_accumulation_steps
+        samples = optim.batch_size * optim.gradient_accumulation_steps * self._group.size
         evaluated = opened.eval_rows
         held_out = None if evaluated is None else self._source(opened, evaluated, None)
         return Loop(
@@ -157,10 +177,11 @@ class Job:
                 model=opened.model,
                 feed=Feed(source, samples),
                 evaluation=None if held_out is None else lambda: Feed(held_out, samples),
-                shelf=Shelf(Path(self._task.attempt_dir), self._spec.run.keep_checkpoints),
+                shelf=self._shelf(),
                 save_model=lambda folder: save_model(opened, folder),
                 send=self._report.send,
                 asks=self._asks,
+                group=self._group,
                 after_first_epoch=lambda: self._tell_omissions(source),
             )
         )
@@ -189,12 +210,12 @@ class Job:
         )
 
     def _finish(self, opened: Opened, loop: Loop, source: Source) -> None:
+        if not self._group.is_first:
+            return
         if not loop.is_total_exact:
             self._tell_omissions(source)
         record = self._record(opened, loop, source)
-        path, digest = artifact.write(
-            Path(self._task.attempt_dir), lambda folder: save_model(opened, folder), record
-        )
+        path, digest = self._write_artifact(opened, record)
         self._report.send(
             Finished(
                 step=loop.counts.step,
@@ -204,13 +225,32 @@ class Job:
             )
         )
 
+    def _write_artifact(self, opened: Opened, record: dict[str, Any]) -> tuple[Path, str]:
+        """On a full disk, older checkpoints make room; the newest stays.
+
+        Raises JobFailure(disk_full) where that is not enough.
+        """
+        attempt = Path(self._task.attempt_dir)
+        for is_last_try in (False, True):
+            try:
+                return artifact.write(attempt, lambda folder: save_model(opened, folder), record)
+            except Exception as error:
+                if not is_disk_full(error):
+                    raise
+                if is_last_try or not self._shelf().thin(1):
+                    raise space.full(attempt, self._wanted) from error
+        raise AssertionError
+
+    def _shelf(self) -> Shelf:
+        return Shelf(Path(self._task.attempt_dir), self._spec.run.keep_checkpoints)
+
     def _record(self, opened: Opened, loop: Loop, source: Source) -> dict[str, Any]:
         counts = loop.counts
         return {
             "job_id": self._task.job_id,
             "spec": self._spec.model_dump(mode="json"),
             "plan": self._plan.model_dump(mode="json"),
-            "base_model": self._task.inputs.model,
+            "base_model": self._task.inputs.name_of_model,
             "rows": len(opened.rows),
             "omitted": omissions_of(source).state(),
             "metrics": {
@@ -256,3 +296,4 @@ def save_model(opened: Opened, folder: Path) -> None:
     """Weights, tokenizer and the template in use: all that serving needs."""
     opened.model.save(folder)
     opened.renderer.save(folder)
+    name_base(folder, opened.named)

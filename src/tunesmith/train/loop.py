@@ -22,6 +22,7 @@ from tunesmith.train.evaluate import evaluate
 from tunesmith.train.failure import is_disk_full
 from tunesmith.train.memory import peak_bytes
 from tunesmith.train.optimizer import Optimizer
+from tunesmith.train.parallel import Group
 from tunesmith.train.process import Asks
 from tunesmith.train.report import finite
 from tunesmith.train.schedule import learning_rate
@@ -54,6 +55,7 @@ class Parts:
     save_model: Callable[[Path], None]
     send: Callable[[TrainerEvent], None]
     asks: Asks
+    group: Group
     after_first_epoch: Callable[[], None]
 
 
@@ -61,7 +63,7 @@ class Loop:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._run, self._optim = parts.spec.run, parts.spec.optim
-        self._model, self._feed = parts.model, parts.feed
+        self._model, self._feed, self._group = parts.model, parts.feed, parts.group
         self._optimizer = Optimizer(parts.model.trainable(), parts.spec.optim)
         self.counts = Counts()
         self._position = parts.feed.state()
@@ -104,12 +106,13 @@ class Loop:
         self._feed.seek(saved.state["feed"])
         self._position = self._feed.state()
         self._saved_step = self.counts.step
-        randomness.restore(saved.random, self._parts.plan.device)
+        randomness.restore(self._group.mine(saved.random), self._parts.plan.device)
 
     def run(self) -> bool:
         """Train to the end, with a checkpoint there. False where a stop was asked for before."""
         while not self.is_done:
-            if self._parts.asks.should_stop or not self._step():
+            [should_stop] = self._group.any(self._parts.asks.should_stop)
+            if should_stop or not self._step():
                 self._save()
                 return False
             self._position = self._feed.state()
@@ -136,12 +139,14 @@ class Loop:
         """Forward and backward over a step's samples; each label weighs the same."""
         labels = sum(sample.labels for sample in samples)
         total: torch.Tensor | float = 0.0
-        for part in split(samples, self._parts.plan.micro_batch_tokens):
+        for part in split(self._group.share(samples), self._parts.plan.micro_batch_tokens):
             batch = flatten([(one.ids, one.mask) for one in part], self._parts.plan.device)
             loss = self._model.loss_sum(batch) / labels
             loss.backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach().double()
-        return Pass(float(total), sum(len(sample.ids) for sample in samples), labels)
+        [mean] = self._group.add_up(float(total))
+        self._group.add_gradients(self._model.trainable().values())
+        return Pass(mean, sum(len(sample.ids) for sample in samples), labels)
 
     def _update(self, loss: float, rate: float) -> float:
         """Returns the gradient's norm. No weight changes where it or the loss is not finite."""
@@ -201,7 +206,8 @@ class Loop:
         if self._is_due(self._run.eval_steps) or self._feed.is_between_epochs or self.is_done:
             self._evaluate()
         is_time = time.monotonic() - self._saved_at >= self._run.save_seconds
-        if asks.should_checkpoint or is_time or self._is_due(self._run.save_steps):
+        [is_wanted] = self._group.any(asks.should_checkpoint or is_time)
+        if is_wanted or self._is_due(self._run.save_steps):
             asks.should_checkpoint = False
             self._save()
 
@@ -213,7 +219,11 @@ class Loop:
             return
         asks, plan = self._parts.asks, self._parts.plan
         metrics = evaluate(
-            self._model, self._parts.evaluation(), plan, should_stop=lambda: asks.should_stop
+            self._model,
+            self._parts.evaluation(),
+            plan,
+            self._group,
+            should_stop=lambda: asks.should_stop and self._group.size == 1,
         )
         if metrics is not None:
             self.counts.metrics = metrics
@@ -223,8 +233,10 @@ class Loop:
         """A checkpoint of the last whole step, once a step. A full disk costs it, not the job."""
         if self.counts.step in (0, self._saved_step):
             return
+        snapshot = self._snapshot()
         try:
-            self._parts.send(self._parts.shelf.write(self._snapshot()))
+            if self._group.is_first:
+                self._parts.send(self._parts.shelf.write(snapshot))
             self._saved_step = self.counts.step
         except Exception as error:
             if not is_disk_full(error):
@@ -240,7 +252,7 @@ class Loop:
             step=self.counts.step,
             save_model=self._parts.save_model,
             optimizer=self._optimizer.state(),
-            random=randomness.capture(self._parts.plan.device),
+            random=self._group.gather(randomness.capture(self._parts.plan.device)),
             state=self._state(),
         )
 

@@ -39,13 +39,14 @@ class Size:
         return self.weight_bytes // 4
 
 
-def choose(task: TrainerTask) -> Plan:
+def choose(task: TrainerTask, processes: int = 1) -> Plan:
     """The plan for a first attempt; a given one is used as it is, by the caller."""
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     width = Size.of(Path(task.inputs.model)).hidden
     is_cpu = device == "cpu"
     return Plan(
         threads=1 if is_cpu and width < NARROW else default_threads(),
+        processes=processes,
         device=device,
         precision=_precision(task.spec.run.precision, is_cpu),
         compile=task.spec.run.compile == "on",

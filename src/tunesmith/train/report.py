@@ -21,10 +21,13 @@ from tunesmith.spec.pipe import (
 class Report:
     """Writes events to a descriptor. Raises BrokenPipeError where nobody reads any more."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, descriptor: int, is_heard: bool = True) -> None:
+        """One that is not heard tells of a failure only."""
+        self._descriptor, self._is_heard = descriptor, is_heard
 
     def send(self, event: TrainerEvent) -> None:
+        if not self._is_heard and not isinstance(event, Failed):
+            return
         text = json.dumps(event.model_dump(mode="json"), ensure_ascii=True, allow_nan=False)
         rest = memoryview(text.encode("ascii") + b"\n")
         while rest:

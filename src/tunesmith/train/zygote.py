@@ -33,6 +33,7 @@ from tunesmith.train import process
 MAX_PACKET = 1 << 18
 MODULES = {
     "tunesmith.train": "tunesmith.train.__main__",
+    "tunesmith.train.launch": "tunesmith.train.launch",
     "tunesmith.infer.server": "tunesmith.infer.server",
 }
 """What may be run, and where its `main` is."""
