@@ -4,6 +4,8 @@ POST …/work                          WorkAsk      → WorkReply  a long poll, 
 POST …/attempts/{job}/{fence}/report Report       → Orders     attempt's token
 POST …/attempts/{job}/{fence}/finish Outcome      → Orders     attempt's token
 POST …/engines/{id}                  EngineReport → 204        worker's token
+GET  …/house                                      → House      worker's token
+GET  …/waiting                                    → Waiting    worker's token, for dispatchers
 
 409 with code `fenced` on an attempt's route: another attempt owns the job. The worker kills its
 trainer and keeps its files.
@@ -20,6 +22,10 @@ from tunesmith.spec.train import TrainSpec
 
 MAX_EVENTS = 1000
 """In one report."""
+DISPATCHER = "ray:"
+"""What the id of a worker begins with that has its hands elsewhere, and runs no engine."""
+MAX_WAITING = 1000
+"""In one answer to a dispatcher."""
 
 
 class Capacity(Strict):
@@ -64,7 +70,13 @@ class WorkAsk(Strict):
     boot_id: str = Field("", max_length=64)
     """New at each start of the worker."""
     wait_seconds: float = Field(20, ge=0, le=60)
+    only: JobId | None = None
+    """Claim this job or none, run no engine: a worker that was started for it."""
     host: dict[str, Any] = {}
+    house_id: str | None = Field(None, max_length=64)
+    """Of the workspace's folder that it sees; empty: of none. Not said: the API's own."""
+    network: str | None = Field(None, max_length=200)
+    """Where its loopback reaches; not said: the API. Only there engines are started."""
 
 
 class Assignment(Strict):
@@ -88,6 +100,10 @@ class Assignment(Strict):
     lease_seconds: float
     stall_seconds: float
     first_event_n: int = 1
+    workspace: str = ""
+    """The API's path of the folder that all paths here lie in."""
+    is_remote: bool = False
+    """The worker does not see that folder: it fetches and sends, see `transfer`."""
 
 
 class EngineOrder(Strict):
@@ -99,6 +115,27 @@ class EngineOrder(Strict):
     log_path: str = ""
     threads: int = 1
     options: dict[str, Any] = {}
+
+
+class House(Strict):
+    """Which API this is."""
+
+    version: str
+
+
+class WaitingJob(Strict):
+    """What a dispatcher needs to know of a job that may be claimed."""
+
+    job_id: JobId
+    gpus: int = Field(ge=0)
+    memory_bytes: int = Field(ge=0)
+    """Of the host where it has no GPU."""
+
+
+class Waiting(Strict):
+    """The head of the queue, in the order in which jobs are claimed."""
+
+    jobs: tuple[WaitingJob, ...] = Field((), max_length=MAX_WAITING)
 
 
 class WorkReply(Strict):

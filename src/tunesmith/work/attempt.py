@@ -5,24 +5,38 @@ import errno
 import logging
 import signal
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from tunesmith.errors import FailureClass, FencedError, TuningAPIError
-from tunesmith.manifest import BrokenManifest, verify
+from tunesmith.errors import FailureClass, FencedError, JobFailure, TuningAPIError
 from tunesmith.spec.hands import Assignment, HeldAttempt, Orders, Report
-from tunesmith.spec.pipe import Failed, Finished, Notice, Stopped, TrainerEvent, TrainerTask
+from tunesmith.spec.pipe import (
+    Checkpointed,
+    Failed,
+    Finished,
+    Notice,
+    Stopped,
+    TrainerEvent,
+    TrainerTask,
+)
 from tunesmith.spec.records import Outcome, StopMode
+from tunesmith.work import memory
 from tunesmith.work.fork import Child, Forker
-from tunesmith.work.pump import CappedLog, pump
-from tunesmith.work.receipt import Receipt
+from tunesmith.work.gang import Gang, here
+from tunesmith.work.outbound import Outbound
+from tunesmith.work.pump import CappedLog, Log, pump
+from tunesmith.work.receipt import Answered, Receipt
+from tunesmith.work.send import Parcel, Sender
+from tunesmith.work.shipping import ShippedLog
 from tunesmith.work.spool import Spool
+from tunesmith.work.staging import Site, Staging
 from tunesmith.work.wire import Unreachable, Wire
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 _event: TypeAdapter[TrainerEvent] = TypeAdapter(TrainerEvent)
 
 BATCH_SECONDS = 0.5
@@ -43,6 +57,7 @@ class Pace:
     max_log_bytes: int
     leave_seconds: float = 30
     """From a trainer's last word, or the end of its pipe, until its session is killed."""
+    gang: Gang = field(default_factory=Gang)
 
 
 @dataclass
@@ -55,13 +70,19 @@ class Attempt:
     forker: Forker
     pace: Pace
     module: str = "tunesmith.train"
+    site: Site | None = None
+    """The worker's own folders; None: the paths of the assignment, as they are."""
     is_delivering: bool = False
     """Whether the trainer has gone and only the API's ear is wanted."""
+    is_sending: bool = False
+    """Whether a model or a checkpoint goes there too, which may take long."""
     _ending: Outcome | None = None
     _is_fenced: bool = False
     _has_stalled: bool = False
     _stop_at: float | None = None
     _complaints: int = 0
+    _oversized: int = 0
+    """Lines over the limit so far."""
     _child: Child | None = None
     _last_word: float = field(default_factory=time.monotonic)
     _halt: asyncio.Event = field(default_factory=asyncio.Event)
@@ -70,7 +91,11 @@ class Attempt:
     _nudged: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
+        self._memory = memory.Watch()
         self._spool = Spool(self.job.first_event_n)
+        self.staging = Staging(self.job, self.wire, self.site)
+        self._log: Log | None = None
+        self._outbound: Outbound | None = None
 
     @property
     def path(self) -> str:
@@ -96,6 +121,11 @@ class Attempt:
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is more to do than to tell of the end."""
+        return self.is_sending or not self.is_delivering
+
     def nudge(self) -> None:
         """New orders are waiting: fetch them now."""
         self._nudged.set()
@@ -112,8 +142,13 @@ class Attempt:
 
     async def _end(self) -> Outcome:
         try:
-            Path(self.job.attempt_dir).mkdir(parents=True, exist_ok=True)
+            self.staging.attempt_dir.mkdir(parents=True, exist_ok=True)
             return await self._train()
+        except FencedError:
+            self._fence()
+            return Outcome(kind="stopped")
+        except JobFailure as failure:
+            return _failure(failure.failure_class, str(failure), failure.hint)
         except OSError as error:
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             kind = FailureClass.DISK_FULL if is_full else FailureClass.INFRA_LOST
@@ -123,66 +158,68 @@ class Attempt:
             return _failure(FailureClass.INFRA_LOST, f"the worker failed: {error!r}")
 
     async def _train(self) -> Outcome:
-        task = await self._task()
-        journal = CappedLog(Path(self.job.log_path), self.pace.max_log_bytes)
+        task = await self._unless_halted(self._task())
+        if task is None:
+            return Outcome(kind="stopped")
+        journal = self._log = self._journal()
+        carriers = self._carriers()
         try:
-            await self._forking_or_halt()
+            await self._unless_halted(self.forker.wait_ready(30))
             if self._halt.is_set():
                 return Outcome(kind="stopped")
             journal.line(f"[attempt {self.job.fence} starts; resumes from {task.resume_from}]")
             return await self._supervise(task, journal)
         finally:
             journal.close()
+            for carrier in carriers:
+                carrier.cancel()
+            await asyncio.gather(*carriers, return_exceptions=True)
 
     async def _task(self) -> TrainerTask:
-        resume = await asyncio.to_thread(self._newest_checkpoint)
         return TrainerTask(
             job_id=self.job.job_id,
             fence=self.job.fence,
             spec=self.job.spec,
-            inputs=self.job.inputs,
-            attempt_dir=self.job.attempt_dir,
-            resume_from=resume,
+            inputs=await self.staging.inputs(),
+            attempt_dir=str(self.staging.attempt_dir),
+            resume_from=await self.staging.newest_checkpoint(self._say),
             plan=self.job.plan,
         )
 
-    def _newest_checkpoint(self) -> str | None:
-        """The newest accepted checkpoint whose every byte is as its manifest says."""
-        for row in self.job.checkpoints:
-            if not Path(row.path).exists():  # older ones were cleared away
-                continue
-            try:
-                verify(Path(row.path), row.manifest_sha256)
-                return row.path
-            except BrokenManifest as error:
-                self._say(
-                    Notice(
-                        level="warning",
-                        code="checkpoint_rejected",
-                        message=f"step {row.step}: {error}"[:4000],
-                        detail={"step": row.step, "fence": row.fence},
-                    )
-                )
-        return self.job.resume_from
-
-    async def _forking_or_halt(self) -> None:
-        """Wait for the forking process, but for no longer than the attempt is wanted."""
-        waiting = [
-            asyncio.create_task(self.forker.wait_ready(30)),
-            asyncio.create_task(self._halt.wait()),
-        ]
+    async def _unless_halted(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """Wait for it, but for no longer than the attempt is wanted."""
+        working = asyncio.create_task(work)
+        halted = asyncio.create_task(self._halt.wait())
         try:
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([working, halted], return_when=asyncio.FIRST_COMPLETED)
+            return working.result() if working.done() else None
         finally:
-            for task in waiting:
+            for task in (working, halted):
                 task.cancel()
+            await asyncio.gather(working, halted, return_exceptions=True)
 
-    async def _supervise(self, task: TrainerTask, journal: CappedLog) -> Outcome:
+    def _journal(self) -> Log:
+        if self.staging.is_remote:
+            return ShippedLog(self.wire, self.path, self.job.token)
+        return CappedLog(self.staging.log_path, self.pace.max_log_bytes)
+
+    def _carriers(self) -> "list[asyncio.Task[None]]":
+        """What carries log and checkpoints to an API whose folder is not to be seen from here."""
+        if not isinstance(self._log, ShippedLog):
+            return []
+        assert self.site is not None
+        sender = Sender(self.wire, self.path, self.job.token)
+        outgoing = self.staging.attempt_dir / "outgoing"
+        self._outbound = Outbound(sender, outgoing, self.site.cache, self._say)
+        return [asyncio.create_task(self._log.ship()), asyncio.create_task(self._outbound.run())]
+
+    async def _supervise(self, task: TrainerTask, journal: Log) -> Outcome:
         environment = {"OMP_NUM_THREADS": str(self.job.threads)}
         if self.job.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.job.gpus))
-        child = self._child = await self.forker.start(self.module, [], environment)
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, here(self.job.gpus)))
+        child = self._child = await self.forker.start(*self._program(), environment)
         self._last_word = time.monotonic()
+        self._memory = memory.Watch()
         reading = asyncio.create_task(self._read(child))
         logging_task = asyncio.create_task(pump(child.stderr, journal))
         watching = asyncio.create_task(self._watch(child, reading))
@@ -202,6 +239,14 @@ class Attempt:
             await asyncio.gather(reading, logging_task, watching, return_exceptions=True)
         return self._outcome(status)
 
+    def _program(self) -> tuple[str, list[str]]:
+        """Module and arguments: several processes start under torchrun."""
+        plan = self.job.plan
+        processes = plan.processes if plan else self.job.spec.run.devices
+        if processes == 1:
+            return self.module, []
+        return f"{self.module}.launch", self.pace.gang.arguments(self.job.job_id, processes)
+
     async def _read(self, child: Child) -> None:
         while True:
             try:
@@ -218,7 +263,9 @@ class Attempt:
         self._last_word = time.monotonic()
         self._has_stalled = False
         if len(line) > MAX_EVENT_BYTES:
-            self._say(_left_out(len(line)))
+            self._oversized += 1
+            if self._oversized <= MAX_COMPLAINTS:
+                self._say(_left_out(len(line)))
             return
         try:
             event = _event.validate_json(line)
@@ -226,10 +273,21 @@ class Attempt:
             self._complain(f"not an event: {line[:200]!r}")
             return
         ending = _ending_of(event)
-        if ending is None:
+        if isinstance(event, Checkpointed):
+            self._checkpointed(event, len(line))
+        elif ending is None:
             self._say(event, len(line))
         else:
-            self._ending = ending
+            # Where several processes train, the first failure is the cause of the others'.
+            self._ending = _first_failure(self._ending, ending)
+
+    def _checkpointed(self, event: Checkpointed, size: int) -> None:
+        """The API is told of it under its own name for the place, once all of it is there."""
+        if self._outbound is not None:
+            self._outbound.take(event)
+            return
+        path = self.staging.to_theirs(event.path)
+        self._say(event.model_copy(update={"path": path}), size)
 
     def _say(self, event: TrainerEvent, size: int = 500) -> None:
         self._spool.add(event.model_dump(mode="json"), size)
@@ -247,6 +305,8 @@ class Attempt:
         """
         while True:
             await asyncio.sleep(0.05 if self._halt.is_set() else 0.5)
+            if not child.exited.done():
+                self._memory.look(child.pid)
             now = time.monotonic()
             silence = now - self._last_word
             has_ended = self._ending is not None or reading.done()
@@ -274,6 +334,8 @@ class Attempt:
         if self._has_stalled:
             told = f"no word from the trainer for {self.job.stall_seconds:.0f} s; killed"
             return _failure(FailureClass.STALLED, told)
+        if status == -signal.SIGKILL and self._memory.has_killed():
+            return _failure(FailureClass.OOM_HOST, self._memory.sentence())
         if status < 0:
             told = f"the trainer was killed by {_signal_name(-status)}"
             return _failure(FailureClass.SIGNAL, told)
@@ -292,10 +354,7 @@ class Attempt:
             except Unreachable:
                 await asyncio.sleep(min(2.0, self.pace.heartbeat_seconds))
             except FencedError:
-                self._is_fenced = True
-                self._halt.set()
-                if self._child is not None:
-                    self._child.kill()
+                self._fence()
             except TuningAPIError as error:
                 self._complain(f"the API refused a report: {error}")
                 await asyncio.sleep(self.pace.heartbeat_seconds)
@@ -303,12 +362,19 @@ class Attempt:
                 if not is_more_waiting:
                     await self._pause()
 
+    def _fence(self) -> None:
+        """Another attempt owns the job: nothing of this one is wanted any more."""
+        self._is_fenced = True
+        self._halt.set()
+        if self._child is not None:
+            self._child.kill()
+
     async def _pause(self) -> None:
         """Until a heartbeat is due, or something was said and has waited for company."""
         if not self._nudged.is_set():
-            await _first_of(self._said, self._nudged, seconds=self.pace.heartbeat_seconds)
+            await first_of(self._said, self._nudged, seconds=self.pace.heartbeat_seconds)
         if not self._nudged.is_set():
-            await _first_of(self._nudged, seconds=min(BATCH_SECONDS, self.pace.heartbeat_seconds))
+            await first_of(self._nudged, seconds=min(BATCH_SECONDS, self.pace.heartbeat_seconds))
 
     async def _report(self) -> bool:
         """One heartbeat. Whether a batch was full, so that more is waiting."""
@@ -330,20 +396,54 @@ class Attempt:
 
     async def _deliver(self, outcome: Outcome) -> None:
         self.is_delivering = True
+        parcels = self._parcels(outcome)
+        self.is_sending = bool(parcels)
         receipt = Receipt(
             path=self.path,
             token=self.job.token,
             worker_id=self.worker_id,
             events=self._spool.rest(),
-            outcome=outcome,
+            outcome=self._named(outcome),
+            parcels=parcels,
+            log=self._log.rest() if isinstance(self._log, ShippedLog) else None,
         )
-        place = Path(self.job.attempt_dir)
+        place = self.staging.attempt_dir
         try:
             await asyncio.to_thread(receipt.keep, place)
         except OSError as error:
             log.warning("job %s: no receipt could be kept: %s", self.job.job_id, error)
-        if await receipt.deliver(self.wire):
+        answered = await receipt.hand_over(self.wire)
+        if answered is not Answered.NOT:
             Receipt.forget(place)
+            if self._outbound is not None and outcome.kind == "succeeded":
+                self._outbound.forget()
+            if self.staging.is_remote and answered is Answered.TAKEN:
+                await asyncio.to_thread(self.staging.clear)
+
+    def _parcels(self, outcome: Outcome) -> tuple[Parcel, ...]:
+        """What the API must have before it hears of the end: the model, or the last checkpoint."""
+        if self._outbound is None:
+            return ()
+        if outcome.kind == "succeeded" and outcome.artifact and outcome.manifest_sha256:
+            return (
+                Parcel(
+                    kind="artifact",
+                    step=outcome.step,
+                    folder=outcome.artifact,
+                    manifest_sha256=outcome.manifest_sha256,
+                ),
+            )
+        left = self._outbound.left()
+        if left is None:
+            return ()
+        self._say(left.model_copy(update={"path": self.staging.to_theirs(left.path)}))
+        return (self._outbound.parcel(left),)
+
+    def _named(self, outcome: Outcome) -> Outcome:
+        """With the API's name for where the model is."""
+        if outcome.artifact is None:
+            return outcome
+        return outcome.model_copy(update={"artifact": self.staging.to_theirs(outcome.artifact)})
 
 
 def attempt_summary(job: Assignment) -> dict[str, Any]:
@@ -369,6 +469,10 @@ def _ending_of(event: TrainerEvent) -> Outcome | None:
             return None
 
 
+def _first_failure(before: Outcome | None, now: Outcome) -> Outcome:
+    return before if before is not None and before.kind == "failed" else now
+
+
 def _failure(kind: FailureClass, message: str, hint: str = "") -> Outcome:
     return Outcome(kind="failed", failure_class=kind, message=message[:8000], hint=hint)
 
@@ -388,7 +492,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-async def _first_of(*events: asyncio.Event, seconds: float) -> None:
+async def first_of(*events: asyncio.Event, seconds: float) -> None:
     """Until one of them is set, or the time is over."""
     waiting = [asyncio.create_task(event.wait()) for event in events]
     try:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 from pathlib import Path
+from typing import Protocol
 
 _BLOCK = 1 << 16
 
@@ -14,15 +15,16 @@ class CappedLog:
     When the file is full, its first quarter and its last quarter are kept.
     """
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
+    def __init__(self, path: Path, max_bytes: int, head: int | None = None, cut: int = 0) -> None:
+        """`head` and `cut` are what an earlier one of the same file ended with."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._max = max_bytes
         self._file = path.open("ab", buffering=0)
         self._size = self._file.tell()
-        self._head: int | None = None
+        self.head = head
         """Bytes of the beginning that stay, once something was cut."""
-        self._cut = 0
+        self.cut = cut
 
     def write(self, block: bytes) -> None:
         """Raises OSError where the disk is full; the caller goes on without the log."""
@@ -50,13 +52,13 @@ class CappedLog:
         """A new file takes the old one's place; where that fails, the old one is left as it was."""
         quarter = self._max // 4
         with self._path.open("rb") as old:
-            head = old.read(quarter if self._head is None else self._head)
+            head = old.read(quarter if self.head is None else self.head)
             old.seek(max(len(head), self._size - quarter))
             tail = old.read()
-        if self._head is None:
+        if self.head is None:
             head = head[: head.rfind(b"\n") + 1] or head
         tail = tail[tail.find(b"\n") + 1 :] or tail
-        cut = self._cut + self._size - len(head) - len(tail)
+        cut = self.cut + self._size - len(head) - len(tail)
         part = self._path.with_name(self._path.name + ".part")
         try:
             part.write_bytes(head + _marker(cut) + tail)
@@ -67,14 +69,22 @@ class CappedLog:
             raise
         self._file.close()
         self._file, self._size = fresh, fresh.tell()
-        self._head, self._cut = len(head), cut
+        self.head, self.cut = len(head), cut
 
 
 def _marker(cut: int) -> bytes:
     return f"[log truncated here: about {cut} bytes left out]\n".encode()
 
 
-async def pump(stream: asyncio.StreamReader, log: CappedLog) -> None:
+class Log(Protocol):
+    """Where a trainer's words go."""
+
+    def write(self, block: bytes) -> None: ...
+    def line(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+async def pump(stream: asyncio.StreamReader, log: Log) -> None:
     """Carry everything to the log until the writers are gone; a full disk drops, never blocks."""
     while block := await stream.read(_BLOCK):
         with contextlib.suppress(OSError):

@@ -1,12 +1,16 @@
 """The worker's line to the API: found anew after a restart, patient while it is away."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import random
+import ssl
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import httpx2
@@ -22,6 +26,7 @@ PREFIX = "/internal/v1"
 STRANGER_SECONDS = 600.0
 """How long a refused token is shown again: for a while, another server may have the port."""
 Answer = TypeVar("Answer", bound=BaseModel)
+T = TypeVar("T")
 
 
 class Unreachable(Exception):
@@ -35,73 +40,105 @@ class Nothing(Strict):
 class Wire:
     """HTTP to the API. Its address may change: `.tunesmith/api.json` is read at each try."""
 
-    def __init__(self, home: Path, server: str | None = None, token: str | None = None) -> None:
+    def __init__(
+        self,
+        home: Path,
+        server: str | None = None,
+        token: str | None = None,
+        ca_bundle: str = "",
+    ) -> None:
+        """`ca_bundle`: a file of certificates to trust, where it is not the usual one."""
         self._home = home
         self._server = server
         self._token = token
-        self._client = httpx2.AsyncClient(timeout=httpx2.Timeout(90, connect=5), trust_env=False)
+        self.strangers = httpx2.AsyncClient(
+            timeout=httpx2.Timeout(90, connect=5),
+            trust_env=False,
+            verify=ssl.create_default_context(cafile=ca_bundle) if ca_bundle else True,
+        )
+        """The connections; used from outside only for addresses that are not the API's."""
         self._is_away = False
 
     async def close(self) -> None:
-        await self._client.aclose()
+        await self.strangers.aclose()
 
     async def ask(
         self,
         path: str,
-        body: BaseModel,
+        body: BaseModel | None,
         answer: type[Answer],
         token: str | None = None,
         seconds: float = 90,
     ) -> Answer:
-        """POST once. Raises Unreachable (API away, 5xx, no API), FencedError, TuningAPIError (4xx).
+        """POST once, or GET without a body.
+
+        Raises Unreachable (API away, 5xx, no API), FencedError, TuningAPIError (4xx).
 
         What answers without the API's own words is not the API: a port is soon taken by another.
         """
+        content = b"" if body is None else body.model_dump_json().encode()
+        method = "GET" if body is None else "POST"
+        return await self.send(method, path, content, answer, token, seconds)
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        content: bytes,
+        answer: type[Answer],
+        token: str | None = None,
+        seconds: float = 90,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> Answer:
+        """As `ask`, with bytes for a body, which are JSON where `headers` do not tell."""
         try:
-            said = _understood(await self._post(path, body, token, seconds), answer)
+            with told_as_unreachable():
+                reply = await self.strangers.request(
+                    method,
+                    self._address() + PREFIX + path,
+                    content=content,
+                    headers={**self._own_headers(token), **headers},
+                    timeout=httpx2.Timeout(seconds, connect=5),
+                )
+            said = _understood(reply, answer)
+        except OSError as error:
+            self._note(str(error))
+            raise Unreachable(f"{type(error).__name__}: {error}") from None
         except Unreachable as error:
             self._note(str(error))
             raise
         self._note("")
         return said
 
+    @contextlib.asynccontextmanager
+    async def download(
+        self, path: str, token: str, headers: Mapping[str, str]
+    ) -> AsyncIterator[httpx2.Response]:
+        """An answer whose body the caller reads. Raises as `ask`, also while it is read."""
+        with told_as_unreachable():
+            url, own = self._address() + PREFIX + path, self._own_headers(token)
+            async with self.strangers.stream("GET", url, headers={**own, **headers}) as reply:
+                if reply.status_code >= 400:
+                    await reply.aread()
+                    _understood(reply, Nothing)
+                yield reply
+
     async def insist(
         self,
         path: str,
-        body: BaseModel,
+        body: BaseModel | None,
         answer: type[Answer],
         token: str | None = None,
         seconds: float = 30,
     ) -> Answer:
-        """POST until it is answered, with growing pauses. Raises FencedError, TuningAPIError."""
-        pause, stranger_since = 0.2, None
-        while True:
-            try:
-                return await self.ask(path, body, answer, token, seconds)
-            except Unreachable:
-                stranger_since = None
-            except AuthenticationError:
-                stranger_since = stranger_since or time.monotonic()
-                if time.monotonic() - stranger_since > STRANGER_SECONDS:
-                    raise
-            await asyncio.sleep(pause * random.uniform(0.8, 1.2))
-            pause = min(pause * 2, 10)
+        """Ask until it is answered, with growing pauses. Raises FencedError, TuningAPIError."""
+        return await patiently(lambda: self.ask(path, body, answer, token, seconds))
 
-    async def _post(
-        self, path: str, body: BaseModel, token: str | None, seconds: float
-    ) -> httpx2.Response:
-        try:
-            return await self._client.post(
-                self._address() + PREFIX + path,
-                content=body.model_dump_json(),
-                headers={
-                    "Authorization": f"Bearer {token or self._worker_token()}",
-                    "Content-Type": "application/json",
-                },
-                timeout=httpx2.Timeout(seconds, connect=5),
-            )
-        except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError) as error:
-            raise Unreachable(f"{type(error).__name__}: {error}") from None
+    def _own_headers(self, token: str | None) -> dict[str, str]:
+        return {
+            "Authorization": f"Bearer {token or self._worker_token()}",
+            "Content-Type": "application/json",
+        }
 
     def _note(self, trouble: str) -> None:
         """One line when the API goes away, and one when it is back."""
@@ -131,6 +168,31 @@ class Wire:
         if not token.isprintable() or not token:
             raise Unreachable("no worker token yet")
         return token
+
+
+async def patiently(once: Callable[[], Awaitable[T]]) -> T:
+    """Try until there is an answer, with growing pauses. Raises FencedError, TuningAPIError."""
+    pause, stranger_since = 0.2, None
+    while True:
+        try:
+            return await once()
+        except Unreachable:
+            stranger_since = None
+        except AuthenticationError:
+            stranger_since = stranger_since or time.monotonic()
+            if time.monotonic() - stranger_since > STRANGER_SECONDS:
+                raise
+        await asyncio.sleep(pause * random.uniform(0.8, 1.2))
+        pause = min(pause * 2, 10)
+
+
+@contextlib.contextmanager
+def told_as_unreachable() -> Iterator[None]:
+    """What a connection can raise, as one thing."""
+    try:
+        yield
+    except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, ssl.SSLError) as error:
+        raise Unreachable(f"{type(error).__name__}: {error}") from None
 
 
 def pid_space() -> str:

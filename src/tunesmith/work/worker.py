@@ -1,5 +1,6 @@
 """The hands of one host: ask for work, run what fits, report, stop cleanly."""
 
+import argparse
 import asyncio
 import contextlib
 import fcntl
@@ -10,6 +11,7 @@ import os
 import signal
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -18,11 +20,16 @@ from tunesmith.errors import AuthenticationError, TuningAPIError
 from tunesmith.settings import Settings
 from tunesmith.spec.hands import Assignment, HeldAttempt, Orders, WorkAsk, WorkReply
 from tunesmith.spec.records import Outcome
-from tunesmith.work.attempt import Attempt, Pace, attempt_summary
+from tunesmith.work.attempt import Attempt, Pace, attempt_summary, first_of
+from tunesmith.work.cache import Cache
 from tunesmith.work.capacity import Host, host_name, visible_gpus
 from tunesmith.work.engines import Engines
 from tunesmith.work.fork import Forker
+from tunesmith.work.gang import Gang
+from tunesmith.work.place import house_id, network, own_mark
 from tunesmith.work.receipt import Receipt, left_over
+from tunesmith.work.session import die_with_parent
+from tunesmith.work.staging import Site
 from tunesmith.work.wire import Unreachable, Wire
 
 log = logging.getLogger(__name__)
@@ -32,25 +39,45 @@ SHUTDOWN_SECONDS = 30.0
 DELIVER_SECONDS = 3.0
 """For an API that is away, at the end: what could not be told is kept as a receipt."""
 EXIT_LOCKED = 75
+LOCK = f"worker.{host_name()}.lock"
+"""One a host: several may share the folder."""
+RING_SIGNAL = signal.SIGURG
+"""Ask now, where a bell is set. Of the signals that do nothing to a process that expects none."""
+RUNG_SECONDS = 3.0
+"""The patience of an idle worker's question, where a bell wakes it: a back-off may soon end."""
+RETURN_SECONDS = 10.0
+"""For a receipt of the one job that is wanted, before it is claimed."""
+ALONE_SECONDS = 60.0
+"""A worker for one job gives up where no API answers for so long before its claim."""
 
 
 def run(settings: Settings, server: str | None = None, token: str | None = None) -> int:
     """Work until SIGTERM or SIGINT. Returns the exit status; 75 where another worker is here."""
-    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (settings.home / "worker.lock").open("a") as lock:
-        if not _locked(lock, patience_seconds=0.5):
+    with locked(settings) as is_alone:
+        if not is_alone:
             log.error("another worker already serves this workspace on this host")
             return EXIT_LOCKED
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
         asyncio.run(Worker(settings, server, token).work())
     return 0
 
 
-def is_running(settings: Settings) -> bool:
+@contextlib.contextmanager
+def locked(settings: Settings, lock_name: str = LOCK) -> Iterator[bool]:
+    """Be the only one on this host, with the process id written down; False where one is here."""
+    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (settings.home / lock_name).open("a") as lock:
+        if not _locked(lock, patience_seconds=0.5):
+            yield False
+            return
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield True
+
+
+def is_running(settings: Settings, lock_name: str = LOCK) -> bool:
     """Whether a worker holds this workspace's lock on this host."""
-    place = settings.home / "worker.lock"
+    place = settings.home / lock_name
     if not place.exists():
         return False
     with place.open("a") as lock:
@@ -60,11 +87,11 @@ def is_running(settings: Settings) -> bool:
     return True
 
 
-def running_pid(settings: Settings) -> int | None:
+def running_pid(settings: Settings, lock_name: str = LOCK) -> int | None:
     """The worker's process id, as it wrote it down; None where none is running."""
-    if not is_running(settings):
+    if not is_running(settings, lock_name):
         return None
-    text = (settings.home / "worker.lock").read_text().strip()
+    text = (settings.home / lock_name).read_text().strip()
     return int(text) if text.isdigit() and _is_ours(int(text)) else None
 
 
@@ -95,33 +122,47 @@ class Worker:
     settings: Settings
     server: str | None = None
     token: str | None = None
+    only: str = ""
+    """The one job to claim: `work` ends with it, or at once where it can't be had."""
     _attempts: dict[HeldAttempt, tuple[Attempt, "asyncio.Task[None]"]] = field(default_factory=dict)
     """By job and fence: a job may be claimed anew before its fenced attempt has gone."""
     _returning: dict[HeldAttempt, "asyncio.Task[None]"] = field(default_factory=dict)
     """Receipts of an earlier worker, under way."""
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    _rung: asyncio.Event = field(default_factory=asyncio.Event)
+    _has_answer: bool = False
 
     def __post_init__(self) -> None:
         home = self.settings.home
         place = hashlib.sha256(str(home).encode()).hexdigest()[:8]
         self.worker_id = f"{host_name()[:64]}-{place}"
+        if self.server and not house_id(home):
+            home.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.worker_id += f"-{own_mark(home)}"
+        if self.only:  # several may be on a host
+            self.worker_id += f"-{uuid.uuid4().hex[:8]}"
         self.boot_id = uuid.uuid4().hex
         self._claim_id = uuid.uuid4().hex
+        gang = Gang(self.settings.gang_nodes, self.settings.gang_endpoint)
         self.host = Host(
             self.settings.slots,
             self.settings.memory_reserve_bytes,
-            visible_gpus(self.settings.visible_gpus),
+            gang.gpus(visible_gpus(self.settings.visible_gpus)),
         )
-        self.pace = Pace(self.settings.heartbeat_seconds, self.settings.max_log_bytes)
+        self.pace = Pace(self.settings.heartbeat_seconds, self.settings.max_log_bytes, gang=gang)
+        self.site = Site(home, Cache(home / "cache", self.settings.cache_bytes))
 
     async def work(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
+        loop.add_signal_handler(RING_SIGNAL, self._rung.set)
         home = self.settings.home
-        self.wire = Wire(home, self.server, self.token)
-        self.forker = Forker(self.settings.should_fork_trainers, home / "zygote.log")
+        self.wire = Wire(home, self.server, self.token, self.settings.ca_bundle)
+        self.site.tidy()
+        is_warm = self.settings.should_fork_trainers and not self.only
+        self.forker = Forker(is_warm, home / "zygote.log")
         self.engines = Engines(self.worker_id, self.wire, self.forker, self.settings.max_log_bytes)
         self.forker.warm_up()
         self._send_receipts()
@@ -152,7 +193,7 @@ class Worker:
         only_waiting_since = math.inf
         await self._give_back()
         while self._attempts and (now := time.monotonic()) < deadline:
-            if not all(attempt.is_delivering for attempt, _ in self._attempts.values()):
+            if any(attempt.is_busy for attempt, _ in self._attempts.values()):
                 only_waiting_since = math.inf
             else:
                 only_waiting_since = min(only_waiting_since, now)
@@ -176,23 +217,29 @@ class Worker:
                 await self.wire.ask(path, outcome, Orders, reply.attempt.token, seconds=3)
 
     def _send_receipts(self) -> None:
-        for folder, receipt in left_over(self.settings.home / "jobs"):
+        for folder, receipt in left_over(self.settings.home / "jobs", self.only or "*"):
             log.info("delivering the outcome that was left at %s", receipt.path)
             task = asyncio.create_task(self._redeliver(folder, receipt))
             self._returning[receipt.attempt] = task
 
     async def _redeliver(self, folder: Path, receipt: Receipt) -> None:
         try:
-            if await receipt.deliver(self.wire):
+            if await receipt.redeliver(self.wire, self.pace.heartbeat_seconds):
                 Receipt.forget(folder)
         finally:
             self._returning.pop(receipt.attempt, None)
 
     async def _ask_for_ever(self) -> None:
-        """A long poll, asked anew whenever this host's capacity changes."""
-        pause = 0.2
-        while True:
+        """A long poll, asked anew whenever this host's capacity changes.
+
+        With a bell, an idle worker asks when it is rung, and every `poll_seconds`.
+        """
+        pause, since = 0.2, time.monotonic()
+        if self.only and self._returning:  # what it had already done need not be done again
+            await asyncio.wait(self._returning.values(), timeout=RETURN_SECONDS)
+        while not self._is_done(since):
             self._changed.clear()
+            self._rung.clear()
             asking = asyncio.create_task(self._ask(self._claim_id))
             changed = asyncio.create_task(self._changed.wait())
             try:
@@ -221,7 +268,22 @@ class Worker:
                 await asyncio.gather(asking, changed, return_exceptions=True)
             pause = 0.2
             self._claim_id = uuid.uuid4().hex
+            self._has_answer = True
             self._obey(reply)
+            if self._may_rest():
+                seconds = self.settings.poll_seconds
+                await first_of(self._rung, self._changed, self._stopping, seconds=seconds)
+
+    def _is_done(self, since: float) -> bool:
+        """Whether the one job that is wanted has ended, or can't be had."""
+        if not self.only or self._attempts:
+            return False
+        return self._has_answer or time.monotonic() - since > ALONE_SECONDS
+
+    def _may_rest(self) -> bool:
+        """Who holds something is reached by a long poll only: orders come that way."""
+        is_busy = bool(self._held() or self.engines.statuses())
+        return self.settings.bell != "poll" and not is_busy and not self.only
 
     async def _ask(self, claim_id: str) -> WorkReply:
         self.forker.warm_up()
@@ -236,6 +298,12 @@ class Worker:
             engines=self.engines.statuses(),
             held=self._held(),
             host={"name": host_name(), "pid": os.getpid(), "cores": os.cpu_count() or 1},
+            wait_seconds=20
+            if self._attempts or not (self.only or self._may_rest())
+            else RUNG_SECONDS,
+            only=self.only or None,
+            house_id=house_id(self.settings.home),
+            network=network(),
         )
 
     def _held(self) -> tuple[HeldAttempt, ...]:
@@ -246,7 +314,8 @@ class Worker:
 
     def _obey(self, reply: WorkReply) -> None:
         if reply.attempt is not None and not self._has(reply.attempt):
-            self._begin(Attempt(reply.attempt, self.worker_id, self.wire, self.forker, self.pace))
+            parts = (self.worker_id, self.wire, self.forker, self.pace)
+            self._begin(Attempt(reply.attempt, *parts, site=self.site))
         for order in reply.engines:
             self.engines.obey(order)
         for held in reply.nudges:
@@ -268,14 +337,31 @@ class Worker:
         self._changed.set()
 
 
-def main() -> int:
-    """`python -m tunesmith.work.worker`: as the server starts it, its settings by environment."""
+def main(argv: list[str] | None = None) -> int:
+    """`python -m tunesmith.work.worker`: as others start it, its settings by environment."""
+    parser = argparse.ArgumentParser(prog="python -m tunesmith.work.worker")
+    parser.add_argument("--parent", type=int, metavar="PID", help="be killed when this one ends")
+    parser.add_argument("--server", metavar="URL", help="with TUNESMITH_WORKER_TOKEN")
+    parser.add_argument("--only", metavar="JOB", default="", help="run this job, then end")
+    asked = parser.parse_args(argv)
+    if asked.parent is not None and not _is_tied_to(asked.parent):
+        return 1
     settings = Settings.read()
     logging.basicConfig(
         level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("httpx2").setLevel(logging.WARNING)
-    return run(settings)
+    token = settings.worker_token.get_secret_value() if asked.server else None
+    if asked.only:
+        asyncio.run(Worker(settings, asked.server, token, only=asked.only).work())
+        return 0
+    return run(settings, asked.server, token)
+
+
+def _is_tied_to(parent: int) -> bool:
+    """Die with the thread that started this process; False where it has gone already."""
+    die_with_parent()
+    return os.getppid() == parent
 
 
 if __name__ == "__main__":
