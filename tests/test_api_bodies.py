@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -157,11 +157,6 @@ def test_a_log_of_bytes_is_shown_as_lines_of_text(door: TestClient) -> None:
         assert shown["total_lines"] == 7
 
 
-@pytest.mark.parametrize("mark", ["-1", "9e99", "abc", "1" * 10_240, "1.5", "0x1", "\u0663"])
-def test_a_senseless_last_event_id_means_from_the_beginning(mark: str) -> None:
-    assert stream.last_event_id(mark) == 0
-
-
 def test_no_secret_place_is_named_in_an_error(tmp_path: Path) -> None:
     with open_door(make_workspace(tmp_path)) as door:
         hub_of(door).store.write(lambda tx: tx.execute(text("drop table jobs"))).result()
@@ -174,7 +169,7 @@ def test_a_reader_that_reads_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(stream, "SEND_SECONDS", 0.05)
     closed = []
 
-    async def endless() -> AsyncIterator[str]:
+    async def endless() -> AsyncGenerator[str, None]:
         try:
             while True:
                 yield "data: {}\n\n"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,14 +42,24 @@ class Settings(BaseModel):
     reaper_seconds: float = Field(5, gt=0)
     grace_seconds: float = Field(60, ge=0)
     """From a stop request until the trainer's session is killed."""
+    max_streams: int = Field(2000, ge=1, le=1_000_000)
+    """Open event streams of one key, in one process; more is 429."""
+    stream_send_seconds: float = Field(30, gt=0, le=3600)
+    """A reader of an event stream that takes nothing for so long is cut off."""
+    drain_seconds: float = Field(4, ge=0, le=3600)
+    """At the server's end, for requests in flight; those that last longer are refused then."""
     stall_seconds: float = Field(1800, gt=0)
     """Without a word from a trainer, before its stack is logged and it is killed."""
     max_lapses: int = Field(3, ge=1)
     """Lost leases without a new checkpoint, before a job fails."""
+    backoff_seconds: float = Field(1, ge=0, le=300)
+    """Before a job that was lost once is tried again; doubled each time, up to five minutes."""
     max_log_bytes: int = Field(64 << 20, ge=4096)
     """Of one job's log: the beginning and the end are kept."""
     engine_idle_seconds: float = Field(900, gt=0)
     engine_start_seconds: float = Field(300, gt=0)
+    engine_silent_seconds: float = Field(60, gt=0, le=86_400)
+    """Without an answer from an engine to anything, before it is stopped as frozen."""
     max_engines: int = Field(2, ge=1)
     should_fork_trainers: bool = True
     """Keep a process with torch imported to fork trainers and engines from."""
@@ -70,19 +81,34 @@ class Settings(BaseModel):
     """Indexes, separated by commas; None for all."""
     bell: Literal["poll", "celery", "ray"] = "poll"
     """What wakes idle workers beside their own asking."""
-    poll_seconds: float = Field(10, gt=0, le=600)
-    """Between two questions of an idle worker that a bell wakes."""
+    poll_seconds: float = Field(10, gt=0, le=60)
+    """Between two questions of an idle worker that a bell wakes; one that asks no more is gone."""
     redis_url: str = "redis://127.0.0.1:6379/0"
     """Celery's broker."""
     ray_address: str = ""
     """Of a running Ray cluster; empty starts one on this machine."""
+    gang_nodes: int = Field(1, ge=1, le=1024)
+    """Nodes that share this worker's one job."""
+    gang_endpoint: str = Field("", max_length=300)
+    """host:port where they meet."""
     worker_token: SecretStr = SecretStr("")
     """What a worker on another host shows the API."""
     object_store_url: str = Field("", max_length=2048)
     """`s3://bucket/prefix`: where workers on other hosts leave checkpoints and models; empty: they
     send them to the API. Keys, region and endpoint come from the usual AWS_ variables."""
-    mlflow_url: str = Field("", max_length=2048)
+    max_artifact_bytes: int = Field(500 << 30, ge=1024)
+    """Of one checkpoint or model that a worker on another host sends."""
+    cache_bytes: int = Field(50 << 30, ge=0)
+    """Of inputs that a worker on another host keeps for later jobs; the least used go first."""
+    ca_bundle: str = Field(
+        default_factory=lambda: os.environ.get("SSL_CERT_FILE", ""), max_length=4096
+    )
+    """What a worker trusts when its API has https (SSL_CERT_FILE); empty: the usual ones."""
+    mlflow_url: str = Field("", max_length=2048, pattern=r"^(https?://[^\s?#]+)?$")
     """An MLflow server that every job's metrics are carried to."""
+    webhook_networks: tuple[IPv4Network | IPv6Network, ...] = ()
+    """Networks of the operator's own that webhooks may go to, such as 10.1.0.0/16, separated by
+    commas; public addresses are open, and loopback is while no key was made."""
     public_url: str = Field("", max_length=2048)
     """How others reach this server, for links; empty: the address it listens on."""
     checkpoint_days: float = Field(30, ge=0)
@@ -132,6 +158,6 @@ def _is_offline(environment: Mapping[str, str]) -> bool:
 def _split(name: str, text: str) -> Any:
     if name == "allowed_roots":
         return tuple(Path(part) for part in text.split(os.pathsep) if part)
-    if name == "cors_origins":
+    if name in ("cors_origins", "webhook_networks"):
         return tuple(part.strip() for part in text.split(",") if part.strip())
     return text

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-import uuid
+import random
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
@@ -12,16 +12,18 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunesmith import VERSION
-from tunesmith.api import faults, operator, workers
+from tunesmith.api import faults, operator, transfer, workers
 from tunesmith.api.auth import LOOPBACK_ORIGIN
-from tunesmith.api.families import events, health, openai, training, uploads
+from tunesmith.api.direct import put_in_front
+from tunesmith.api.families import events, health, openai, training, uploads, webhooks
+from tunesmith.api.feed import Feeds
+from tunesmith.api.leaving import InFlight, Leaving
 from tunesmith.api.stream import Watcher
 from tunesmith.hub import Hub
 from tunesmith.hub.sweep import sweep
-from tunesmith.settings import Settings
 
 TRAINING_ROLE = (training.router, uploads.router, events.router)
-ALL_ROLE = (*TRAINING_ROLE, openai.router)
+ALL_ROLE = (*TRAINING_ROLE, openai.router, webhooks.router)
 
 
 def create_app(hub: Hub, role: str = "all") -> FastAPI:
@@ -37,7 +39,11 @@ def create_app(hub: Hub, role: str = "all") -> FastAPI:
     for router in (health.router, *(ALL_ROLE if role == "all" else TRAINING_ROLE)):
         app.include_router(router)
     app.include_router(workers.router)
+    app.include_router(transfer.router)
     app.include_router(operator.router)
+    put_in_front(app, TRAINING_ROLE)
+    app.state.in_flight = InFlight()
+    app.add_middleware(Leaving, in_flight=app.state.in_flight)
     app.add_middleware(RequestId)
     app.add_middleware(
         CORSMiddleware,
@@ -55,6 +61,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     hub: Hub = app.state.hub
     watcher = Watcher()
     app.state.watcher = watcher
+    app.state.feeds = Feeds(hub.store, watcher, hub.settings.max_streams)
     hub.store.on_commit(watcher.notify)
     await workers.attempt_to(asyncio.to_thread(sweep, hub))  # before anything new comes in
     async with hub.running(watcher):
@@ -77,12 +84,18 @@ class RequestId:
 
         async def marked(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).setdefault("x-request-id", f"req-{uuid.uuid4().hex}")
+                MutableHeaders(scope=message).setdefault(
+                    "x-request-id", f"req-{random.getrandbits(128):032x}"
+                )
             await send(message)
 
         await self.app(scope, receive, marked)
 
 
-def app_from_environment() -> FastAPI:
-    """For `uvicorn --factory tunesmith.api.app:app_from_environment`."""
-    return create_app(Hub.open(Settings.read()))
+def __getattr__(name: str) -> ASGIApp:
+    """`app`, for `uvicorn tunesmith.api.app:app`. See `opened`."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from tunesmith.api.opened import Opened  # which imports this module
+
+    return Opened()

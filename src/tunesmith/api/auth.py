@@ -16,6 +16,7 @@ from tunesmith.hub import Hub
 from tunesmith.hub.principal import Principal, is_loopback
 
 LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?"
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9.]+)(:\d{1,5})?", re.IGNORECASE)
 _FORWARDED = ("forwarded", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip", "via")
 
 
@@ -48,10 +49,24 @@ async def operator(request: Request, hub: HubDep) -> Principal:
     return principal
 
 
+async def worker(request: Request, hub: HubDep) -> Principal:
+    """A host that trains: a worker's key, or what an operator may show."""
+    key = presented_key(request)
+    if key is None:
+        raise AuthenticationError("a worker's key is wanted: send Authorization: Bearer sk-…")
+    principal = _known(request, hub, key)
+    if not (principal.is_worker or principal.is_operator):
+        raise PermissionError(
+            "this route is for workers; make a key for one: tunesmith keys make --worker"
+        )
+    return principal
+
+
 Anyone = Annotated[None, Depends(anyone)]
 Caller = Annotated[Principal, Depends(caller)]
 KeyHolder = Annotated[Principal, Depends(key_holder)]
 Operator = Annotated[Principal, Depends(operator)]
+Worker = Annotated[Principal, Depends(worker)]
 
 
 def presented_key(request: Request) -> str | None:
@@ -77,7 +92,7 @@ def is_local(request: Request, hub: Hub) -> bool:
 
 def _is_loopback_host(host: str) -> bool:
     """A Host header in whole: an address or `localhost`, with or without a port."""
-    found = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9.]+)(:\d{1,5})?", host, re.IGNORECASE)
+    found = _HOST.fullmatch(host)
     return found is not None and is_loopback(found[1].strip("[]").lower())
 
 
@@ -86,6 +101,13 @@ def is_known_origin(origin: str, configured: tuple[str, ...]) -> bool:
 
 
 def _holder(request: Request, hub: Hub, key: str) -> Principal:
+    principal = _known(request, hub, key)
+    if principal.is_worker:
+        raise PermissionError("this is a worker's key; it opens the workers' routes only")
+    return principal
+
+
+def _known(request: Request, hub: Hub, key: str) -> Principal:
     principal = hub.keys.find(key, is_local=is_local(request, hub))
     if principal is None:
         raise AuthenticationError("that key is not known here, or no longer")

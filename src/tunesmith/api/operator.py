@@ -28,11 +28,12 @@ class Registration(Strict):
 class NewKey(Strict):
     owner: str = Field(min_length=1, max_length=200)
     label: str = Field("", max_length=200)
+    is_worker: bool = False
 
 
 @router.post("/keys", status_code=201)
 def make_key(body: NewKey, hub: HubDep) -> dict[str, Any]:
-    return hub.make_key(body.owner, body.label)
+    return hub.make_key(body.owner, body.label, body.is_worker)
 
 
 @router.get("/keys")

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-import json
+import gc
 import logging
 import logging.handlers
 import math
@@ -11,26 +11,35 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
 
 import uvicorn
 from fastapi import FastAPI
 
+from tunesmith.api.address import Address
 from tunesmith.api.app import create_app
+from tunesmith.api.descriptors import room_for_connections
+from tunesmith.api.protocol import Protocol
 from tunesmith.errors import BadRequestError, ConflictError, TuningAPIError
 from tunesmith.hub import Hub
 from tunesmith.hub.principal import is_loopback
-from tunesmith.manifest import write_durably
 from tunesmith.settings import Settings
 from tunesmith.store import keys
 from tunesmith.work import worker
-from tunesmith.work.wire import pid_space
 
 log = logging.getLogger(__name__)
 
 EXIT_REFUSED = 78
 WORKER_STOP_SECONDS = 40
+END_SECONDS = 5.0
+"""After requests in flight had their time: for the rest to end, before the process is left."""
+GARBAGE = 10_000
+"""Objects more than before, until garbage is looked for: Python's 700 costs a busy server 6 %."""
 _SETTINGS_PREFIX = "TUNESMITH_"
 _SHARED = (
     "workspace",
@@ -40,6 +49,7 @@ _SHARED = (
     "max_log_bytes",
     "should_fork_trainers",
     "log_level",
+    "bell",
 )
 
 
@@ -56,10 +66,22 @@ def run(
     try:
         with _bind(settings) as listener, Hub.open(settings) as hub:
             _refuse_open_doors(settings, hub)
-            return asyncio.run(_serve(hub, listener, role, should_start_worker))
+            return _run(_serve(hub, listener, role, should_start_worker))
     except TuningAPIError as refusal:
         print(f"tunesmith: {refusal.message}", file=sys.stderr)
         return EXIT_REFUSED
+
+
+def _run(serving: Coroutine[Any, Any, int]) -> int:
+    """On uvloop where it is installed, and without looking through what stays for garbage."""
+    gc.freeze()
+    gc.set_threshold(GARBAGE)
+    try:
+        from uvloop import new_event_loop
+    except ImportError:  # Windows has none
+        return asyncio.run(serving)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(serving)
 
 
 async def _serve(hub: Hub, listener: socket.socket, role: str, should_start_worker: bool) -> int:
@@ -68,32 +90,68 @@ async def _serve(hub: Hub, listener: socket.socket, role: str, should_start_work
         create_app(hub, role),
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=5,
+        http=Protocol,
+        limit_concurrency=room_for_connections() + 1,  # uvicorn refuses the one that reaches it
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds) + 2,
         h11_max_incomplete_event_size=64 << 10,
     )
     server = _Server(config)
     app: FastAPI = config.app  # type: ignore[assignment]
-    url = _announce(settings, listener)
+    address = Address(settings.home, listener)
+    address.write()
+    url = address.url
     print(f"Tunesmith is at {url}  (docs: {url}/docs)", file=sys.stderr, flush=True)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    hands = _hands(settings) if should_start_worker else None
+    worker_seconds = WORKER_STOP_SECONDS if hands else 0
+    deadline = _Deadline(worker_seconds + settings.drain_seconds + END_SECONDS)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        deadline.begin()
+        with contextlib.suppress(RuntimeError):  # the loop has ended, the rest ends too
+            loop.call_soon_threadsafe(stopping.set)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+        signal.signal(number, stop)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    hands = Hands(settings) if should_start_worker else None
     keeping = asyncio.create_task(hands.keep(stopping)) if hands else None
     asked = asyncio.create_task(stopping.wait())
+    naming = asyncio.create_task(address.keep(settings.reaper_seconds))
     await asyncio.wait([serving, asked], return_when=asyncio.FIRST_COMPLETED)
     stopping.set()
+    deadline.begin()
     if keeping is not None:
         await keeping
     if server.started:
         app.state.watcher.close()
     server.should_exit = True
+    cut = loop.call_later(settings.drain_seconds, app.state.in_flight.cut)
     await serving
+    cut.cancel()
     asked.cancel()
-    _withdraw(settings)
+    naming.cancel()
+    address.withdraw()
     return 0 if server.started else 1
+
+
+class _Deadline:
+    """Leaves the process where its end hangs, in a database that does not answer for one: what was
+    acknowledged is on the disk. A thread, since it may be the loop that hangs."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._begun = threading.Event()
+        threading.Thread(target=self._watch, name="deadline", daemon=True).start()
+
+    def begin(self) -> None:
+        self._begun.set()
+
+    def _watch(self) -> None:
+        self._begun.wait()
+        time.sleep(self._seconds)
+        log.error("the server could not end in %.1f s; left as it is", self._seconds)
+        os._exit(1)
 
 
 class _Server(uvicorn.Server):
@@ -104,11 +162,26 @@ class _Server(uvicorn.Server):
         yield
 
 
-class Hands:
-    """The worker process that the server starts, in a session of its own, and starts again."""
+def _hands(settings: Settings) -> "Hands | None":
+    """What runs beside the server: a worker, Ray's dispatcher, or nothing where Celery has them."""
+    if settings.bell == "celery":
+        return None
+    return Hands(settings, "dispatcher" if settings.bell == "ray" else "worker")
 
-    def __init__(self, settings: Settings) -> None:
+
+class Hands:
+    """The worker process that the server starts, in a session of its own, and starts again.
+
+    Or Ray's dispatcher, which has its hands elsewhere.
+    """
+
+    def __init__(
+        self, settings: Settings, name: Literal["worker", "dispatcher"] = "worker"
+    ) -> None:
         self._settings = settings
+        self._name = name
+        self._lock = worker.LOCK if name == "worker" else "dispatcher.lock"
+        self._module = f"tunesmith.work.{'worker' if name == 'worker' else 'ray'}"
         self._process: subprocess.Popen[bytes] | None = None
 
     async def keep(self, stopping: asyncio.Event) -> None:
@@ -119,10 +192,10 @@ class Hands:
                 is_short_lived = time.monotonic() - started < 60
                 pause = min(pause * 2, 30) if is_short_lived else 0.5
             try:
-                if self._process is None and not worker.is_running(self._settings):
+                if self._process is None and not worker.is_running(self._settings, self._lock):
                     self._process, started = self._start(), time.monotonic()
             except OSError as error:
-                log.error("the worker cannot be started: %s", error)
+                log.error("the %s cannot be started: %s", self._name, error)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(stopping.wait(), pause)
         await self._stop()
@@ -135,18 +208,18 @@ class Hands:
         self._process = None
         if status == worker.EXIT_LOCKED:
             return False
-        log.error("the worker ended with status %s; another is started", status)
+        log.error("the %s ended with status %s; another is started", self._name, status)
         return True
 
     def _start(self) -> "subprocess.Popen[bytes]":
         logs = self._settings.workspace.resolve() / "logs"
         logs.mkdir(exist_ok=True)
-        place = logs / "worker.log"
+        place = logs / f"{self._name}.log"
         if place.exists() and place.stat().st_size > self._settings.server_log_bytes:
-            place.replace(logs / "worker.log.1")
+            place.replace(logs / f"{self._name}.log.1")
         with place.open("ab") as journal:
             return subprocess.Popen(
-                [sys.executable, "-m", "tunesmith.work.worker"],
+                [sys.executable, "-m", self._module],
                 stdin=subprocess.DEVNULL,
                 stdout=journal,
                 stderr=journal,
@@ -160,7 +233,7 @@ class Hands:
         asked: set[int] = set()
         while pids := self._living():
             if time.monotonic() > deadline:
-                log.error("the worker did not stop in %d s; killed", WORKER_STOP_SECONDS)
+                log.error("the %s did not stop in %d s; killed", self._name, WORKER_STOP_SECONDS)
                 _send(pids, signal.SIGKILL)
                 return
             _send(pids - asked, signal.SIGTERM)
@@ -170,7 +243,7 @@ class Hands:
     def _living(self) -> set[int]:
         own = self._process
         pids = {own.pid} if own is not None and own.poll() is None else set()
-        found = worker.running_pid(self._settings)
+        found = worker.running_pid(self._settings, self._lock)
         return pids if found is None else pids | {found}
 
 
@@ -209,28 +282,12 @@ def _bind(settings: Settings) -> socket.socket:
 
 
 def _refuse_open_doors(settings: Settings, hub: Hub) -> None:
+    assert hub.depot.elsewhere or not settings.object_store_url  # refused where it is no address
     if not is_loopback(settings.host) and not hub.store.read(keys.has_any):
         raise BadRequestError(
             f"refusing to listen on {settings.host} without a key: anyone could train and read "
             "here. Make one first: tunesmith keys make --owner NAME"
         )
-
-
-def _announce(settings: Settings, listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    reachable = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
-    body = {"url": url, "pid": os.getpid(), "pid_space": pid_space()}
-    write_durably(settings.home / "api.json", json.dumps(body).encode())
-    return url
-
-
-def _withdraw(settings: Settings) -> None:
-    """Take the address away, where it is still ours."""
-    place = settings.home / "api.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        if json.loads(place.read_bytes())["pid"] == os.getpid():
-            place.unlink()
 
 
 def _log_to_file(settings: Settings) -> None:
@@ -253,9 +310,7 @@ def _reload(settings: Settings, role: str, should_start_worker: bool) -> int:
     from uvicorn.supervisors import ChangeReload
 
     package = str(Path(__file__).resolve().parents[1])
-    config = uvicorn.Config(
-        "tunesmith.api.app:app_from_environment", reload_dirs=[package], reload=True
-    )
+    config = uvicorn.Config("tunesmith.api.app:app", reload_dirs=[package], reload=True)
     os.environ.update(_as_environment(settings))
     listener = _bind(settings)
     with contextlib.suppress(KeyboardInterrupt):
@@ -268,4 +323,4 @@ def _reloaded(sockets: list[socket.socket] | None) -> None:
     settings = Settings.read()
     _log_to_file(settings)
     with Hub.open(settings) as hub:
-        asyncio.run(_serve(hub, sockets[0], "all", True))
+        _run(_serve(hub, sockets[0], "all", True))

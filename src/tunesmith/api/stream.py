@@ -1,21 +1,26 @@
-"""Server-sent events: replay from the table, then the tail; one watcher wakes all readers."""
+"""Server-sent events to one reader each: sent as they come, with bounds; and what wakes waiters."""
 
 import asyncio
 import contextlib
-import json
+import socket
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from typing import Any
 
-from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
-from tunesmith.hub import Hub
-from tunesmith.spec.records import JobEvent
+from tunesmith.store.tables import ALL
 
-KEEP_ALIVE_SECONDS = 15.0
 SEND_SECONDS = 30.0
 """A reader that takes no byte for so long is dropped; it can come back with Last-Event-ID."""
-FINAL = {"succeeded", "failed", "cancelled"}
+HIGH_WATER_BYTES = 32 << 10
+"""Of a stream's words that wait in this process, beside the one that is being sent."""
+UNSENT_BYTES = 64 << 10
+"""Of a stream's words that wait in the kernel."""
+TRANSPORT = "tunesmith.transport"
+"""The ASGI extension by which a response reaches its connection (`protocol.py`)."""
+Content = AsyncGenerator[str, None] | AsyncGenerator[bytes, None]
 
 
 class Watcher:
@@ -29,7 +34,7 @@ class Watcher:
     def close(self) -> None:
         """The server is about to end: wake whoever waits, so that it can leave."""
         self.is_closing = True
-        self._wake(frozenset(self._waiting))
+        self._wake(frozenset({ALL}))
 
     def notify(self, topics: frozenset[str]) -> None:
         """Called on any thread."""
@@ -51,7 +56,7 @@ class Watcher:
                     del self._waiting[topic]
 
     def _wake(self, topics: frozenset[str]) -> None:
-        for topic in topics:
+        for topic in self._waiting if ALL in topics else topics:
             for event in self._waiting.get(topic, ()):
                 event.set()
 
@@ -59,75 +64,94 @@ class Watcher:
 async def wait(event: asyncio.Event, seconds: float) -> bool:
     """Whether the event came in time."""
     try:
-        await asyncio.wait_for(event.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await event.wait()
     except TimeoutError:
         return False
     return True
 
 
-async def follow(
-    hub: Hub, watcher: Watcher, job_id: str, seq: int
-) -> AsyncIterator[JobEvent | None]:
-    """Events after `seq` until the job's last one; None when there was nothing for a while.
-
-    Ends before where the server does: the reader comes back with the last id it has seen.
-    """
-    with watcher.watch(f"job:{job_id}") as touched:
-        while not watcher.is_closing:
-            touched.clear()
-            batch = hub.events_after(job_id, seq)
-            for event in batch:
-                seq = event.seq
-                yield event
-            if batch and batch[-1].type in FINAL:
-                return
-            if not batch:
-                if hub.is_over(job_id, seq):
-                    return
-                if not await wait(touched, KEEP_ALIVE_SECONDS):
-                    yield None
-
-
-async def frames(
-    events: AsyncIterator[JobEvent | None], encode: Callable[[JobEvent], str]
-) -> AsyncIterator[str]:
-    """One frame an event: its seq as `id:`, one line of JSON as `data:`."""
-    yield "retry: 1000\n\n"
-    async for event in events:
-        yield ": keep-alive\n\n" if event is None else f"id: {event.seq}\n{encode(event)}\n\n"
-
-
-def as_frame(event: JobEvent) -> str:
-    body = event.model_dump(mode="json", exclude={"job_id"})
-    return f"data: {json.dumps(body, ensure_ascii=False)}"
-
-
-class EventStream(StreamingResponse):
-    """A stream that drops a reader which no longer reads."""
+class EventStream(Response):
+    """A stream that drops a reader which no longer reads, and ends where its reader leaves."""
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, content: AsyncIterator[str], close: Callable[[], Awaitable[None]] | None = None
+        self,
+        content: Content,
+        close: Callable[[], Awaitable[None]] | None = None,
+        send_seconds: float | None = None,
     ) -> None:
         """`close` is called at the end, also where the reader left before the first word."""
+        self._content = content
         self._close = close
-        super().__init__(content, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._send_seconds = SEND_SECONDS if send_seconds is None else send_seconds
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def impatiently(message: object) -> None:
-            await asyncio.wait_for(send(message), SEND_SECONDS)  # type: ignore[arg-type]
-
+        serving = asyncio.current_task()
+        assert serving is not None
+        bound(scope, self._send_seconds)
+        leaving = asyncio.create_task(_until_gone(receive))
+        leaving.add_done_callback(lambda left: None if left.cancelled() else serving.cancel())
         try:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await super().__call__(scope, receive, impatiently)
+            await self._send_all(send)
+        except TimeoutError:
+            await abort(scope)
+        except asyncio.CancelledError:
+            if not leaving.done() or serving.uncancel():  # someone else's cancelling
+                raise
         finally:
+            leaving.cancel()
             if self._close is not None:
                 await self._close()
 
+    async def _send_all(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        async with contextlib.aclosing(self._content) as content:
+            await self._patiently(send, start)
+            async for part in content:
+                body = part.encode() if isinstance(part, str) else part
+                await self._patiently(send, {**_BODY, "body": body})
+        await self._patiently(send, {**_BODY, "more_body": False})
 
-def last_event_id(text: str | None) -> int:
-    """The seq to go on after; 0, the beginning, for whatever is not a number of ours."""
-    if text is None or not text.isascii() or not text.isdigit() or len(text) > 18:
-        return 0
-    return int(text)
+    async def _patiently(self, send: Send, message: Message) -> None:
+        async with asyncio.timeout(self._send_seconds):
+            await send(message)
+
+
+_BODY = {"type": "http.response.body", "body": b"", "more_body": True}
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def bound(scope: Scope, silent_seconds: float) -> None:
+    """Let little wait for a slow reader, and let the kernel give up one that is gone."""
+    transport = _transport(scope)
+    if transport is None:
+        return
+    transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+    with contextlib.suppress(OSError, AttributeError):
+        connection = transport.get_extra_info("socket")
+        for option, value in (
+            (socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES),
+            (socket.TCP_USER_TIMEOUT, int(silent_seconds * 1000)),
+        ):
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+async def abort(scope: Scope) -> None:
+    """Cut the connection at once: a close would wait for ever until the reader took the rest."""
+    transport = _transport(scope)
+    if transport is not None:
+        transport.abort()
+        await asyncio.sleep(0)  # so that the server knows before this response ends
+
+
+def _transport(scope: Scope) -> Any:
+    return scope.get("extensions", {}).get(TRANSPORT)

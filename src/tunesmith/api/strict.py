@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
-from tunesmith.api.deps import get_hub
+from tunesmith.api.deps import hub_of
 from tunesmith.errors import PayloadTooLargeError, TuningAPIError
 from tunesmith.hub import Hub
 from tuning_sdk.errors import error_for
@@ -32,6 +32,8 @@ class StrictRequest(Request):
     """A body over `limit` bytes is refused before it is read to its end."""
 
     limit = 0
+    admitted: dict[Door, object]
+    """Who was let in, by each door of the route."""
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         size = 0
@@ -55,17 +57,16 @@ class StrictRoute(APIRoute):
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
+        handler = self.inner_handler()
         doors = [found.dependency for found in self.dependencies if found.dependency]
 
         async def strictly(request: Request) -> Response:
-            hub = get_hub(request)
+            hub = hub_of(request)
             coming = _Coming(request.receive)
             strict = StrictRequest(request.scope, coming)
             strict.limit = self.body_limit(hub)
             try:
-                for door in doors:
-                    await door(strict, hub)
+                strict.admitted = {door: await door(strict, hub) for door in doors}
                 refuse_unreadable(strict, strict.limit)
                 if self.body_field is not None:
                     await _read(strict)
@@ -77,6 +78,10 @@ class StrictRoute(APIRoute):
                 raise
 
         return strictly
+
+    def inner_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """What answers a request that was let in and read."""
+        return super().get_route_handler()
 
     def body_limit(self, hub: Hub) -> int:
         """Bytes of a request's body."""

@@ -9,15 +9,16 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Request, Response
 
-from tunesmith.api.auth import operator, presented_key
+from tunesmith import VERSION
+from tunesmith.api.auth import Worker, operator, presented_key, worker
 from tunesmith.api.deps import HubDep
 from tunesmith.api.stream import Watcher, wait
 from tunesmith.api.strict import StrictRoute
-from tunesmith.errors import AuthenticationError, BadRequestError, NotFoundError
+from tunesmith.errors import AuthenticationError, BadRequestError, NoSpaceError, NotFoundError
 from tunesmith.hub import Hub
-from tunesmith.spec.hands import EngineReport, Orders, Report, WorkAsk, WorkReply
+from tunesmith.spec.hands import EngineReport, House, Orders, Report, Waiting, WorkAsk, WorkReply
 from tunesmith.spec.records import Outcome
-from tunesmith.store.claims import check_token
+from tunesmith.store.claims import check_token, waiting
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +54,21 @@ async def attempt_token(request: Request, hub: HubDep) -> str:
 AttemptToken = Annotated[str, Depends(attempt_token)]
 
 
-@router.post("/work", dependencies=[Depends(operator)])
-async def work(ask: WorkAsk, request: Request, hub: HubDep) -> WorkReply:
+@router.get("/house", dependencies=[Depends(worker)])
+def house(hub: HubDep) -> House:
+    """For a worker's first look: whether this is its API, and speaks as it does."""
+    return House(version=VERSION)
+
+
+@router.post("/work", dependencies=[Depends(worker)])
+async def work(ask: WorkAsk, request: Request, who: Worker, hub: HubDep) -> WorkReply:
     """Wait until there is something for this worker, or its patience ends."""
+    if who.is_worker:  # what a worker's key says of where it is, opens no more than the key does
+        ask = ask.model_copy(update={"house_id": ask.house_id or "", "network": ""})
     watcher: Watcher = request.app.state.watcher
     patience = time.monotonic() + ask.wait_seconds
+    if await request.is_disconnected():  # the word of a worker that has ended is worth nothing
+        return WorkReply()
     await hub.hands.greet(ask)
     with watcher.watch("queue", "engines", f"worker:{ask.worker_id}") as touched:
         while not await request.is_disconnected():  # or a job would be given to nobody
@@ -70,6 +81,12 @@ async def work(ask: WorkAsk, request: Request, hub: HubDep) -> WorkReply:
                 return reply or WorkReply()
             await wait(touched, min(left, LOOK_AGAIN_SECONDS))
     return WorkReply()
+
+
+@router.get("/waiting", dependencies=[Depends(worker)])
+def list_waiting(hub: HubDep) -> Waiting:
+    """For a dispatcher: the head of the queue."""
+    return Waiting(jobs=tuple(hub.store.read(waiting)))
 
 
 @router.post("/attempts/{job_id}/{fence}/report", dependencies=[Depends(attempt_token)])
@@ -100,24 +117,23 @@ async def keep_house(hub: Hub) -> None:
     """Lapsed leases, stops past their deadline, unused engines: looked at every few seconds.
 
     A turn that fails, on a full disk for one, is told of, and the next one comes all the same.
-    After a pause of this process or a leap of the clock, workers first get the time to come back.
     """
-    await attempt_to(hub.hands.grant_grace())
-    pace = hub.settings.reaper_seconds
     while True:
-        before = (time.time(), time.monotonic())
-        await attempt_to(hub.hands.reap())
+        if await attempt_to(hub.look_at_disk()):
+            await attempt_to(hub.leases.turn())
         await attempt_to(hub.engines.tidy())
-        await asyncio.sleep(pace)
-        passed = max(time.time() - before[0], time.monotonic() - before[1])
-        if passed > pace + hub.settings.lease_seconds / 4:
-            log.warning("%.0f s passed where %.0f should have; leases are extended", passed, pace)
-            await attempt_to(hub.hands.grant_grace())
+        await attempt_to(hub.depot.tidy())
+        await asyncio.sleep(hub.settings.reaper_seconds)
 
 
-async def attempt_to(work: Awaitable[object]) -> None:
-    """Do it; a failure is told of, and nothing stops."""
+async def attempt_to(work: Awaitable[object]) -> bool:
+    """Do it; a failure is told of, and nothing stops. Whether it was done."""
     try:
         await work
+    except NoSpaceError as full:
+        log.error("a turn of keeping house failed: %s", full)
+        return False
     except Exception:
         log.exception("a turn of keeping house failed")
+        return False
+    return True

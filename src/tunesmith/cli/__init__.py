@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli import chat, doctor, jobs, registry, serve, train
+from tunesmith.cli import backup, chat, doctor, jobs, registry, serve, train
 from tunesmith.cli.terminal import FAILED, INTERRUPTED, CommandError, explain
 
 __all__ = ["app", "main"]
@@ -58,6 +58,8 @@ app.add_typer(registry.models, name="models")
 app.add_typer(registry.data, name="data")
 app.add_typer(registry.keys, name="keys")
 app.command()(doctor.doctor)
+app.command()(backup.backup)
+app.command()(backup.restore)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -82,9 +83,37 @@ def examine(settings: "Settings", workspace: Path | None = None) -> list[Check]:
         lambda: [check_package(package) for package in PACKAGES],
         lambda: [check_cores(settings), check_memory(settings), *check_gpus()],
         lambda: [check_compiler(), check_workspace(settings), check_disk(settings)],
-        lambda: [check_port(settings, workspace)],
+        lambda: [check_port(settings, workspace), *check_bell(settings)],
     ]
     return [check for part in parts for check in part()]
+
+
+def check_bell(settings: "Settings") -> list[Check]:
+    """What `TUNESMITH_BELL` wants; nothing where workers ask by themselves."""
+    if settings.bell == "poll":
+        return []
+    if find_spec(settings.bell) is None:
+        advice = f"pip install 'tunesmith[{settings.bell}]'"
+        return [Check(settings.bell, "error", "not installed", advice)]
+    if settings.bell == "ray":
+        return [Check("ray", "ok", settings.ray_address or "a cluster of this machine")]
+    return [check_redis(settings.redis_url)]
+
+
+def check_redis(url: str) -> Check:
+    from redis import Redis, RedisError
+
+    try:
+        with Redis.from_url(url, socket_connect_timeout=2, socket_timeout=2) as client:
+            client.ping()
+    except (RedisError, ValueError) as error:
+        return Check(
+            "redis",
+            "warning",
+            f"no answer ({type(error).__name__}); jobs run all the same, only later",
+            "start redis-server, or set TUNESMITH_REDIS_URL",
+        )
+    return Check("redis", "ok", "answers")
 
 
 def check_python() -> Check:

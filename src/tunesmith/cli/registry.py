@@ -41,7 +41,7 @@ class Office(Protocol):
     def add(self, kind: str, name: str, path: str) -> dict[str, Any]: ...
     def names(self, kind: str) -> list[dict[str, Any]]: ...
     def forget(self, kind: str, name: str) -> None: ...
-    def make_key(self, owner: str, label: str) -> dict[str, Any]: ...
+    def make_key(self, owner: str, label: str, is_worker: bool) -> dict[str, Any]: ...
     def list_keys(self) -> list[dict[str, Any]]: ...
     def revoke_key(self, key_id: str) -> None: ...
 
@@ -130,6 +130,9 @@ def remove_data(
 def make_key(
     owner: Annotated[str, typer.Option(help="Whose jobs the key sees.")] = "operator",
     label: Annotated[str, typer.Option(help="What it is for.")] = "",
+    is_worker: Annotated[
+        bool, typer.Option("--worker", help="For hosts that train: it opens nothing else.")
+    ] = False,
     server: ServerOption = None,
     api_key: KeyOption = None,
     workspace: WorkspaceOption = None,
@@ -137,11 +140,15 @@ def make_key(
 ) -> None:
     """Make a key. It is shown this once; from the first one on, every route wants a key."""
     with office(server, api_key, workspace) as place:
-        made = place.make_key(owner, label)
+        made = place.make_key(owner, label, is_worker)
     if as_json:
         show_json(made)
         return
     show(str(made["key"]))
+    if is_worker:
+        tell("Keep it now: it is not shown again.")
+        suggest("on the other host: tunesmith worker --server URL --token sk-…")
+        return
     tell("Keep it now: it is not shown again. Every request wants a key from here on.")
     suggest("export TUNESMITH_API_KEY=sk-…")
 
@@ -212,8 +219,9 @@ class _Remote:
     def forget(self, kind: str, name: str) -> None:
         self._ask("DELETE", f"{kind}/{quote(name, safe='')}")
 
-    def make_key(self, owner: str, label: str) -> dict[str, Any]:
-        return dict(self._ask("POST", "keys", {"owner": owner, "label": label}))
+    def make_key(self, owner: str, label: str, is_worker: bool) -> dict[str, Any]:
+        wanted = {"owner": owner, "label": label, "is_worker": is_worker}
+        return dict(self._ask("POST", "keys", wanted))
 
     def list_keys(self) -> list[dict[str, Any]]:
         return list(self._ask("GET", "keys"))
@@ -236,8 +244,8 @@ class _Local:
     def forget(self, kind: str, name: str) -> None:
         self._hub.forget(kind, name)
 
-    def make_key(self, owner: str, label: str) -> dict[str, Any]:
-        return dict(self._hub.make_key(owner, label))
+    def make_key(self, owner: str, label: str, is_worker: bool) -> dict[str, Any]:
+        return dict(self._hub.make_key(owner, label, is_worker))
 
     def list_keys(self) -> list[dict[str, Any]]:
         return list(self._hub.list_keys())

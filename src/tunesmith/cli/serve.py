@@ -1,12 +1,16 @@
 """Starting things: `up`, `api`, `worker`."""
 
+import logging
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from tunesmith.cli.place import WorkspaceOption, settings_for
-from tunesmith.cli.terminal import USAGE, CommandError
+from tunesmith.cli.terminal import USAGE, CommandError, tell
+
+if TYPE_CHECKING:
+    from tunesmith.settings import Settings
 
 HostOption = Annotated[
     str | None, typer.Option("--host", help="Where to listen (default 127.0.0.1).")
@@ -41,18 +45,17 @@ def api(
         bool, typer.Option("--no-worker", help="Start no worker; one comes from elsewhere.")
     ] = False,
     bell: Annotated[
-        Literal["poll", "celery", "ray"], typer.Option(help="What wakes the workers.")
-    ] = "poll",
+        Literal["poll", "celery", "ray"] | None,
+        typer.Option(
+            envvar="TUNESMITH_BELL",
+            help="What wakes the workers: they ask (poll, with a worker started beside the API), "
+            "rings by Redis (celery), or tasks of a Ray cluster (ray).",
+        ),
+    ] = None,
     workspace: WorkspaceOption = None,
 ) -> None:
-    """Start the API, with one worker beside it."""
-    if bell != "poll":
-        raise CommandError(
-            f"this version has no {bell} bell yet",
-            "leave --bell out: workers ask by themselves",
-            USAGE,
-        )
-    _serve(role, not no_worker, host, port, reload, workspace)
+    """Start the API, with one worker beside it, unless a bell brings workers from elsewhere."""
+    _serve(role, not no_worker, host, port, reload, workspace, bell)
 
 
 def worker(
@@ -66,10 +69,41 @@ def worker(
     ] = None,
     workspace: WorkspaceOption = None,
 ) -> None:
-    """Start this host's worker: it claims jobs and runs their trainers."""
+    """Start this host's worker: it claims jobs and runs their trainers.
+
+    On a host that does not see the API's folder it needs a key (`tunesmith keys make --worker`);
+    then --workspace is a folder of its own, for what it fetches and makes.
+    """
     settings = settings_for(workspace)
     run = _needs_server_extra("tunesmith.work.worker")
+    if server is not None:
+        _introduce(server, token, settings)
+    logging.basicConfig(
+        level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     raise typer.Exit(run(settings, server=server, token=token))
+
+
+def _introduce(server: str, token: str | None, settings: "Settings") -> None:
+    """A first word with the API: what can't get better by waiting is said now."""
+    from tunesmith.work.first_word import Refused, first_word
+
+    if not token:
+        raise CommandError(
+            "a worker of another host shows the API a key",
+            "make one where the API is (tunesmith keys make --worker), then --token KEY, or "
+            "TUNESMITH_WORKER_TOKEN",
+            USAGE,
+        )
+    try:
+        trouble = first_word(server, token, settings.ca_bundle)
+    except Refused as refusal:
+        raise CommandError(str(refusal), refusal.advice) from None
+    if trouble:
+        tell(f"{server} does not answer ({trouble}); this worker goes on trying, Ctrl-C ends it")
+    else:
+        tell(f"this worker works for {server}; its own files are in {settings.home}")
 
 
 def _serve(
@@ -79,8 +113,9 @@ def _serve(
     port: int | None,
     reload: bool,
     workspace: Path | None,
+    bell: str | None = "poll",
 ) -> None:
-    settings = settings_for(workspace, host=host, port=port)
+    settings = settings_for(workspace, host=host, port=port, bell=bell)
     if not settings.workspace.is_dir():
         raise CommandError(
             f"the workspace {str(settings.workspace)!r} is no folder", "make it first", USAGE

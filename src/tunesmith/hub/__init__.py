@@ -4,30 +4,48 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy.engine import Connection
+from sqlalchemy import select
+from sqlalchemy.engine import Connection, make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 from tunesmith.data.render import Renderer
-from tunesmith.errors import NotFoundError
-from tunesmith.hub import data, names, submit
+from tunesmith.errors import NoSpaceError, NotFoundError, TuningAPIError
+from tunesmith.hub import data, mlflow, names, submit
 from tunesmith.hub.asked import Request
+from tunesmith.hub.bell import Bell
 from tunesmith.hub.checks import Checks
+from tunesmith.hub.depot import Depot
+from tunesmith.hub.digests import Digests
+from tunesmith.hub.duties import Duties
 from tunesmith.hub.engines import Engines
 from tunesmith.hub.folder import ModelFolder, read
 from tunesmith.hub.hands import Hands
+from tunesmith.hub.intake import Intake
 from tunesmith.hub.keys import Keys, worker_token
+from tunesmith.hub.known import Known
+from tunesmith.hub.landing import Landing
+from tunesmith.hub.leases import Leases
 from tunesmith.hub.logs import Logs
+from tunesmith.hub.mirror import MlflowMirror
+from tunesmith.hub.outbox import Outbox
 from tunesmith.hub.principal import Principal
+from tunesmith.hub.retention import Retention
+from tunesmith.hub.webhooks import Webhooks
 from tunesmith.settings import Settings
 from tunesmith.spec.records import Job, JobEvent, JobState, StopMode
-from tunesmith.store import catalog, events, jobs, tables
+from tunesmith.store import catalog, events, jobs, listing, mirrors, tables
 from tunesmith.store import keys as key_rows
 from tunesmith.store.database import Store
 from tunesmith.store.files import Blobs, Incoming
+from tunesmith.store.listing import Line
 from tunesmith.store.promotion import redo
+from tunesmith.store.space import Space
+from tunesmith.work.place import make_house
 
 T = TypeVar("T")
 
@@ -41,16 +59,27 @@ class Watch(Protocol):
 class Hub:
     """The house, open: what every door (HTTP, command line) calls."""
 
-    def __init__(self, settings: Settings, store: Store) -> None:
+    def __init__(self, settings: Settings, store: Store, space: Space | None = None) -> None:
         self.settings = settings
         self.store = store
         self.workspace = settings.workspace.resolve()
         self.blobs = Blobs(settings.home / "blobs")
         self.keys = Keys(store, settings)
         self.logs = Logs()
+        self.space = space or _space(settings)
         self.pinned: dict[tuple[str, data.Stamp], data.Pinned] = {}
+        self.known = Known(self)
+        self.intake = Intake(self)
+        self._landing: Landing | None = None
+        self.duties = Duties(self)
+        self.leases = Leases(self)
+        self.bell = Bell.of(settings)
         self.hands = Hands(self)
         self.engines = Engines(self)
+        self.house_id = make_house(settings.home)
+        self.digests = Digests(store)
+        self.depot = Depot(self)
+        self.webhooks = Webhooks(self)
         self.checks: Checks
         self.watcher: Watch
 
@@ -59,10 +88,12 @@ class Hub:
         """Open the workspace. Raises StoreLocked where another server has it."""
         settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
         settings.home.chmod(0o700)
+        space = _space(settings)
+        space.open()  # first: a start wants room too
         worker_token(settings.home)
         store = Store.open(settings.url)
         redo(settings.home / "promotions")
-        return cls(settings, store)
+        return cls(settings, store, space)
 
     def __enter__(self) -> "Hub":
         return self
@@ -76,16 +107,58 @@ class Hub:
         self.watcher = watcher
         self.checks = Checks(self)
         checking = asyncio.create_task(self.checks.run())
+        telling = [asyncio.create_task(Outbox(self, self.webhooks.sender).run())]
+        telling.append(asyncio.create_task(Retention(self).run()))
+        if self.settings.mlflow_url:
+            mirror = MlflowMirror(self, mlflow.Tracking(self.settings.mlflow_url))
+            telling.append(asyncio.create_task(mirror.run()))
+        self.store.on_commit(self.bell.hear)
+        self.bell.start()
         try:
             yield
         finally:
+            self.bell.close()
             checking.cancel()
             await asyncio.gather(checking, return_exceptions=True)
+            await _end(telling)
+            await self.webhooks.sender.close()
             await self.engines.close()
+            await self.duties.release()
 
-    async def write(self, work: Callable[[Connection], T]) -> T:
-        """Run a piece of work in the writer's next commit, and wait until it is on the disk."""
-        return await asyncio.wrap_future(self.store.write(work))
+    async def write(self, work: Callable[[Connection], T], is_new: bool = False) -> T:
+        """Run a piece of work in the writer's next commit, and wait until it is on the disk.
+
+        On a full disk it may use the reserve, unless it `is_new` work. Raises NoSpaceError.
+        """
+        try:
+            return await self._landed(self.store.write(work))
+        except NoSpaceError as error:
+            if not self.space.give_way(error) or is_new:
+                self.space.has_lost_writes = True
+                raise
+        try:
+            return await self._landed(self.store.write(work))
+        except NoSpaceError:
+            self.space.has_lost_writes = True
+            raise
+
+    def _landed(self, future: "Future[T]") -> "asyncio.Future[T]":
+        loop = asyncio.get_running_loop()
+        if self._landing is None or self._landing.loop is not loop:
+            self._landing = Landing(loop)
+        return self._landing.awaitable(future)
+
+    async def look_at_disk(self) -> None:
+        """A turn of keeping house. Raises NoSpaceError while leases can't be extended: then they
+        must not be judged either."""
+        await asyncio.to_thread(self.space.look)
+        if self.space.has_lost_writes:
+            await self.leases.grant()
+            self.space.has_lost_writes = False
+
+    async def duty(self, name: str) -> bool:
+        """Whether this process does for all what `name` stands for. Ask before each turn."""
+        return await self.duties.has(name)
 
     async def wait(self, event: asyncio.Event, seconds: float) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
@@ -101,18 +174,25 @@ class Hub:
         job_id = spelled.removeprefix("ftjob-").removeprefix("job-")
         return self.store.read(lambda tx: jobs.get(tx, job_id, who.scope))
 
-    def list_jobs(
+    def lines(
         self,
         who: Principal,
-        states: Sequence[JobState] | None = None,
+        wanted: listing.Wanted | None = None,
         limit: int | None = None,
         offset: int = 0,
-    ) -> list[Job]:
+    ) -> list[Line]:
+        """Of each job what a list shows, newest first."""
         return self.store.read(
-            lambda tx: jobs.list_jobs(
-                tx, owner=who.scope, states=states, limit=limit, offset=offset
-            )
+            lambda tx: listing.lines(tx, owner=who.scope, wanted=wanted, limit=limit, offset=offset)
         )
+
+    def trouble(self) -> str | None:
+        """Why new work can't be taken now; None where it can."""
+        try:
+            self.store.read(lambda tx: tx.scalar(select(1)))
+        except (TuningAPIError, SQLAlchemyError) as error:
+            return f"the database can't be read: {error}"
+        return self.space.trouble
 
     def job_counts(self) -> tuple[int, int]:
         """Unfinished jobs that a worker holds, and all jobs."""
@@ -132,16 +212,22 @@ class Hub:
 
         return await self.write(work)
 
+    def mlflow_link(self, job: Job) -> str | None:
+        """The page of the job's run, once MLflow has one."""
+        if not self.settings.mlflow_url:
+            return None
+        found = self.store.read(lambda tx: mirrors.run_of(tx, job.id))
+        return None if found is None else mlflow.run_page(self.settings.mlflow_url, *found)
+
     def events_after(self, job_id: str, seq: int) -> list[JobEvent]:
         return self.store.read(lambda tx: events.after(tx, job_id, seq))
 
-    def is_over(self, job_id: str, seq: int) -> bool:
-        """Whether the job has ended and nothing comes after `seq`."""
-        job = self.store.read(lambda tx: jobs.get(tx, job_id))
-        return job.state.is_final and job.last_seq <= seq
-
     def log_path(self, job_id: str) -> Path:
-        return self.workspace / "outputs" / "training_logs" / f"job_{job_id}.log"
+        return self.workspace / self.log_name(job_id)
+
+    def log_name(self, job_id: str) -> str:
+        """From the workspace."""
+        return f"outputs/training_logs/job_{job_id}.log"
 
     def log_tail(self, job: Job, lines: int) -> tuple[list[str], int]:
         try:
@@ -151,12 +237,11 @@ class Hub:
 
     def relative(self, path: str | Path) -> str:
         """As requests name it: from the workspace, where it lies in there."""
-        with contextlib.suppress(ValueError):
-            return Path(path).relative_to(self.workspace).as_posix()
-        return str(path)
+        text, root = str(path), str(self.workspace)
+        return "." if text == root else text.removeprefix(root.rstrip("/") + "/")
 
-    def tuned_name(self, job: Job) -> str | None:
-        return names.tuned_name(job)
+    def tuned_name(self, line: Line) -> str | None:
+        return names.tuned_name(line)
 
     def _waits_for(self, job: Job) -> str:
         if job.state is not JobState.QUEUED:
@@ -179,10 +264,10 @@ class Hub:
         """Name, when made, owner: registered models, then tuned ones, newest first."""
         registered = self.store.read(lambda tx: catalog.list_names(tx, "model"))
         found = [(row.name, row.created_at, "tunesmith") for row in registered]
-        for job in self.list_jobs(who, [JobState.SUCCEEDED]):
-            name = names.tuned_name(job)
+        for line in self.lines(who, listing.Wanted([JobState.SUCCEEDED])):
+            name = names.tuned_name(line)
             if name is not None:
-                found.append((name, job.finished_at or 0.0, job.owner))
+                found.append((name, line.finished_at or 0.0, line.owner))
         return found
 
     def renderer(self, folder: ModelFolder, format: str) -> Renderer:
@@ -215,11 +300,13 @@ class Hub:
     def forget(self, kind: str, name: str) -> None:
         self.store.write(lambda tx: catalog.remove(tx, _kind(kind), name)).result()
 
-    def make_key(self, owner: str, label: str = "") -> dict[str, Any]:
+    def make_key(self, owner: str, label: str = "", is_worker: bool = False) -> dict[str, Any]:
         """The key itself is in the answer, and nowhere else."""
-        row, text = self.store.write(lambda tx: key_rows.make(tx, owner, label)).result()
+        made = self.store.write(lambda tx: key_rows.make(tx, owner, label, is_worker)).result()
+        row, text = made
         self.keys.forget()
-        return {"id": row.id, "key": text, "owner": row.owner, "label": row.name}
+        found = {"id": row.id, "key": text, "owner": row.owner, "label": row.name}
+        return found | {"is_worker": True} if is_worker else found
 
     def list_keys(self) -> list[dict[str, Any]]:
         return [
@@ -230,6 +317,7 @@ class Hub:
                 "hint": row.hint,
                 "created_at": row.created_at,
                 "is_revoked": row.revoked_at is not None,
+                "is_worker": row.is_worker,
             }
             for row in self.store.read(key_rows.list_keys)
         ]
@@ -243,6 +331,20 @@ class Hub:
             lambda tx: catalog.register(tx, kind, name, str(place), "operator", should_replace=True)
         ).result()
         return {"name": name, "path": str(place)}
+
+
+def _space(settings: Settings) -> Space:
+    """Its reserve lies beside the database, where that is a file."""
+    url = make_url(settings.url)
+    is_file = url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:")
+    folder = f"{url.database}.reserve" if is_file else settings.home / "reserve"
+    return Space(Path(folder).absolute(), settings.reserve_bytes)
+
+
+async def _end(tasks: Sequence["asyncio.Task[None]"]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _kind(word: str) -> catalog.Kind:

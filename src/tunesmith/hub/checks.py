@@ -1,32 +1,32 @@
 """Token-level checks: once per data set, tokenizer and length, before a job is claimed."""
 
 import asyncio
-import contextlib
 import logging
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.check import Verdict, check_tokens
-from tunesmith.data.render import Renderer
 from tunesmith.data.rows import RowIndex
 from tunesmith.errors import FailureClass, TuningAPIError
 from tunesmith.hub.downloads import Downloads
 from tunesmith.hub.folder import ModelFolder, read
-from tunesmith.hub.names import FoundModel
 from tunesmith.spec.records import Job
-from tunesmith.spec.train import Sft, TrainSpec
+from tunesmith.spec.train import Sft
 from tunesmith.store import catalog, jobs
+from tunesmith.store.tables import UNCHECKED
 
 if TYPE_CHECKING:
     from tunesmith.hub import Hub
-    from tunesmith.hub.data import Pinned
 
 log = logging.getLogger(__name__)
 
 LOOK_AGAIN_SECONDS = 5.0
+DUTY = "checks"
+AT_ONCE = 4
+"""Jobs checked before it is asked again whose duty that is."""
 _TOLD = {"rows", "overlong_count", "overlong_lines", "masked_count", "masked_lines", "notices"}
-_UNASKED = Verdict(rows=0, renderer="0" * 64, max_length=0, overlong="drop", train_on="all")
+UNASKED = Verdict(rows=0, renderer="0" * 64, max_length=0, overlong="drop", train_on="all")
 """Stands for a data set to pretrain on: every token of it is learnt."""
 
 
@@ -42,17 +42,27 @@ class Checks:
         self._bell.set()
 
     async def run(self) -> None:
-        """For ever: those that a stopped server left unchecked come first."""
-        try:
-            while True:
-                self._bell.clear()
-                for job in self._unchecked():
-                    if not self.downloads.take(job):
-                        await self._check(job)
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._bell.wait(), LOOK_AGAIN_SECONDS)
-        finally:
-            await self.downloads.close()
+        """For ever, one server for all: those that a stopped one left unchecked come first."""
+        with self._hub.watcher.watch(UNCHECKED) as touched:
+            self._bell = touched
+            try:
+                while True:
+                    touched.clear()
+                    try:
+                        await self._turn()
+                    except Exception:  # the database was away, for one
+                        log.exception("a turn of the checks failed")
+                    await self._hub.wait(touched, LOOK_AGAIN_SECONDS)
+            finally:
+                await self.downloads.close()
+
+    async def _turn(self) -> None:
+        while await self._hub.duty(DUTY):
+            unchecked = [job for job in self._unchecked() if not self.downloads.take(job)]
+            if not unchecked:
+                return
+            for job in unchecked[:AT_ONCE]:
+                await self._check(job)
 
     def _unchecked(self) -> list[Job]:
         """But for those whose model is on its way."""
@@ -83,13 +93,9 @@ def _told(verdict: Verdict) -> dict[str, Any]:
     return verdict.model_dump(mode="json", include=_TOLD)
 
 
-def kept(hub: "Hub", spec: TrainSpec, model: FoundModel, part: "Pinned") -> Verdict | None:
-    """The verdict of an earlier check of the same content; a data set to pretrain on needs none."""
-    if not isinstance(spec, Sft):
-        return _UNASKED
-    renderer = hub.renderer(model.folder, part.format)
-    assert part.source.sha256
-    return _kept(hub, _key(part.source.sha256, renderer, spec, model.folder))
+def kept(hub: "Hub", spec: Sft, folder: ModelFolder, sha256: str, digest: str) -> Verdict | None:
+    """The verdict of an earlier check of the same content, under the renderer of that digest."""
+    return _kept(hub, key(sha256, digest, spec, folder))
 
 
 def _verdicts(hub: "Hub", job: Job) -> list[Verdict]:
@@ -101,12 +107,12 @@ def _verdicts(hub: "Hub", job: Job) -> list[Verdict]:
     for source in sources:
         index = RowIndex.open(Path(source.path))
         renderer = hub.renderer(folder, index.format)
-        key = _key(source.sha256 or "", renderer, job.spec, folder)
-        verdict = _kept(hub, key) or check_tokens(
+        place = key(source.sha256 or "", renderer.digest, job.spec, folder)
+        verdict = _kept(hub, place) or check_tokens(
             index, renderer, max_length(job.spec, folder), job.spec.overlong, job.spec.train_on
         )
         body = verdict.model_dump(mode="json")
-        hub.store.write(partial(catalog.keep_verdict, key=key, verdict=body)).result()
+        hub.store.write(partial(catalog.keep_verdict, key=place, verdict=body)).result()
         found.append(verdict)
     return found
 
@@ -121,6 +127,7 @@ def _kept(hub: "Hub", key: str) -> Verdict | None:
     return None if body is None else Verdict.model_validate(body)
 
 
-def _key(sha256: str, renderer: Renderer, spec: Sft, folder: ModelFolder) -> str:
+def key(sha256: str, digest: str, spec: Sft, folder: ModelFolder) -> str:
+    """The name of a check: of a data set's content, a renderer, and what was asked for."""
     length = max_length(spec, folder)
-    return f"tokens:{sha256}:{renderer.digest}:{length}:{spec.overlong}:{spec.train_on}"
+    return f"tokens:{sha256}:{digest}:{length}:{spec.overlong}:{spec.train_on}"

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from tunesmith.hub import Hub
 
 SUFFIXES = (".json", ".jsonl", ".txt")
+CLAIM_SECONDS = 600.0
+"""Bytes that were named so lately are not swept away by another process, whatever names them."""
 _BLOCK = 1 << 20
 Stamp = tuple[int, int, int, int]
 
@@ -53,7 +56,7 @@ def pin(hub: "Hub", found: FoundData, field: str) -> Pinned:
     suffix = _suffix(found.suffix, found.name, field)
     stamp = _stamp(found.path)
     known = hub.pinned.get((str(found.path), stamp))
-    if known is not None:
+    if known is not None and claim(hub, known):
         return known
     sha256 = found.sha256 or _take_in(hub, found.path).sha256
     path = named(hub, sha256, suffix)
@@ -65,7 +68,20 @@ def pin(hub: "Hub", found: FoundData, field: str) -> Pinned:
     if len(hub.pinned) > 1000:
         hub.pinned.clear()
     hub.pinned[(str(found.path), stamp)] = pinned
+    claim(hub, pinned)
     return pinned
+
+
+def claim(hub: "Hub", pinned: Pinned) -> bool:
+    """Make its bytes young, so that no other process's sweep takes them before the job's row is
+    there. False where they are gone."""
+    try:
+        age = time.time() - os.stat(pinned.source.path).st_mtime
+        if not hub.store.is_alone and not 0 <= age < CLAIM_SECONDS:
+            os.utime(pinned.source.path)
+    except OSError:
+        return False
+    return True
 
 
 def keep_upload(hub: "Hub", filename: str, incoming: Incoming, who: Principal) -> Upload:

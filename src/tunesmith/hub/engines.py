@@ -13,12 +13,13 @@ from urllib.parse import quote
 import httpx2
 from sqlalchemy.engine import Connection
 
-from tunesmith.errors import NotReadyError
+from tunesmith.errors import NotReadyError, TuningAPIError
 from tunesmith.hub.names import FoundModel
 from tunesmith.hub.principal import Principal
+from tunesmith.hub.pulse import Pulse
 from tunesmith.settings import Settings
 from tunesmith.spec.chat import MODEL_HEADER
-from tunesmith.spec.hands import EngineOrder, EngineReport, WorkAsk
+from tunesmith.spec.hands import DISPATCHER, EngineOrder, EngineReport, WorkAsk
 from tunesmith.spec.records import Needs
 from tunesmith.store import engines as rows
 from tunesmith.store.database import Store
@@ -92,6 +93,8 @@ class Engines:
         self._ordered: dict[tuple[str, str, str], float] = {}
         self._used: set[str] = set()
         self._busy: dict[str, int] = {}
+        self._pulse = Pulse(hub.settings.engine_silent_seconds)
+        self._looking: asyncio.Task[None] | None = None
         self._client: httpx2.AsyncClient | None = None
 
     @property
@@ -165,7 +168,7 @@ class Engines:
                 if row.state == "stopped":
                     engine_id = await self._want(found)
                     continue
-                is_alone = not self._hub.hands.living_workers()
+                is_alone = not self._hub.hands.living_workers(but=DISPATCHER)
                 if is_alone and time.monotonic() - began > WORKER_SECONDS:
                     raise _not_ready("no worker is running that could start an engine")
                 left = deadline - time.monotonic()
@@ -263,8 +266,19 @@ class Engines:
             rows.stop_idle(tx, self._settings.engine_idle_seconds)
             rows.lost(tx, LOST_SECONDS)
 
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look_after())
         if used or living:
             await self._hub.write(work)
+
+    async def _look_after(self) -> None:
+        """Stop engines that are frozen: whoever waits there is then served by a new one."""
+        ready = [row for row in self._living() if row.state == "ready" and not row.should_stop]
+        try:
+            for row in await self._pulse.silent(self._http(), [row for row in ready if row.url]):
+                await self._lost(_Target(row.id, row.url or "", row.key), "silent for too long")
+        except TuningAPIError as error:  # the next turn looks again
+            log.error("a silent engine could not be stopped: %s", error)
 
     def _forget_all_but(self, living: set[str]) -> None:
         """Of engines that are no more."""
@@ -284,6 +298,9 @@ class Engines:
         return {"model_loaded": bool(ready), "model_name": name, "device": "cpu"}
 
     async def close(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
         if self._client is not None:
             await self._client.aclose()
 

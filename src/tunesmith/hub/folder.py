@@ -2,10 +2,11 @@
 
 import json
 import math
+import os
 import stat
 import struct
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ _MAX_FILES = 4096
 _MAX_SIZE = 1 << 24
 """Of a configuration's widths, layers, words."""
 _INDEX = "model.safetensors.index.json"
+_WEIGHTS = (".safetensors", ".bin")
 _CODE = "auto_map"
 _META = "__metadata__"
 _READ = (
@@ -52,30 +54,33 @@ class ModelFolder:
 
     @property
     def context_length(self) -> int | None:
-        return next((self._number(key) for key in _CONTEXT_KEYS if self._number(key)), None)
+        return self.size(*_CONTEXT_KEYS) or None
 
     def size(self, *names: str) -> int:
         """The first of these configuration numbers that is there; 0 else."""
-        return next((self._number(name) for name in names if self._number(name)), 0)
+        return next((self._sizes[name] for name in names if name in self._sizes), 0)
 
-    def _number(self, name: str) -> int:
-        """0 for what is no size: the file is whatever its author wrote."""
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """But for what is no size: the file is whatever its author wrote."""
         text = self.config.get("text_config", self.config)
-        found = text.get(name) if isinstance(text, dict) else None
-        return found if type(found) is int and 0 < found <= _MAX_SIZE else 0
+        told = text.items() if isinstance(text, dict) else ()
+        return {name: size for name, size in told if type(size) is int and 0 < size <= _MAX_SIZE}
 
 
 def read(path: Path, field: str = "model") -> ModelFolder:
     """Look at a model folder. Raises BadRequestError with what is missing, naming `field`."""
-    stamp = (_mtime(path), *(_mtime(path / name) for name in (*_READ, "model.safetensors")))
-    return _read(path, field, stamp)
-
-
-@lru_cache(maxsize=256)
-def _read(path: Path, field: str, _stamp: tuple[int, ...]) -> ModelFolder:
     adapter = path / "adapter_config.json"
     is_adapter = adapter.exists()
     base = _adapter_base(path, adapter, field) if is_adapter else path
+    stamps = tuple(_stamp(folder) for folder in dict.fromkeys((path, base)))
+    return _read(path, base, is_adapter, field, stamps)
+
+
+@lru_cache(maxsize=256)
+def _read(
+    path: Path, base: Path, is_adapter: bool, field: str, _stamps: tuple[object, ...]
+) -> ModelFolder:
     config = _json(base / "config.json", field)
     for folder in dict.fromkeys((path, base)):
         _refuse_code(folder, field)
@@ -214,8 +219,20 @@ def _elements(entry: dict[str, Any], size: int) -> int:
     return math.prod(shape)
 
 
-def _mtime(path: Path) -> int:
+def _stamp(folder: Path) -> tuple[object, ...]:
+    """Changes with whatever is read of it."""
     try:
-        return path.stat().st_mtime_ns
+        with os.scandir(folder) as entries:
+            names = sorted(one.name for one in entries)
     except OSError:
-        return 0
+        return ()
+    read = [name for name in names if name in _READ or name.endswith(_WEIGHTS)]
+    return tuple((name, *_marks(folder / name)) for name in read[: 2 * _MAX_FILES])
+
+
+def _marks(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

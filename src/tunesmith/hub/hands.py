@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import logging
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,16 +14,16 @@ from tunesmith.spec.hands import Assignment, HeldAttempt, Orders, Report, WorkAs
 from tunesmith.spec.pipe import Inputs
 from tunesmith.spec.records import Job, JobState, Outcome
 from tunesmith.store import claims, endings, events, jobs
-from tunesmith.store.promotion import promote
+from tunesmith.store.promotion import Promotion
+from tunesmith.work.place import network
 
 if TYPE_CHECKING:
     from tunesmith.hub import Hub
 
 log = logging.getLogger(__name__)
 
-SILENT_SECONDS = 45.0
-"""A worker that has not asked for so long counts as gone (its poll lasts at most 60 s)."""
-BACKOFF_SECONDS = 1.0
+SILENT_SECONDS = 90.0
+"""A worker that has not asked for so long counts as gone: its poll, or its rest, lasts 60 s."""
 
 
 class Hands:
@@ -33,37 +32,44 @@ class Hands:
     def __init__(self, hub: "Hub") -> None:
         self._hub = hub
         self._boots: dict[str, str] = {}
-        self._seen: dict[str, float] = {}
+        """Starts of workers that the house was told of, so that it need not be asked again."""
         self._nudged: set[tuple[str, int, str]] = set()
         self._finishing: dict[tuple[str, int], asyncio.Lock] = {}
+        self._network = network()
 
-    def living_workers(self) -> int:
-        now = time.monotonic()
-        return sum(now - seen < SILENT_SECONDS for seen in self._seen.values())
+    def living_workers(self, but: str = "") -> int:
+        """Those whose ids begin with `but` are left out."""
+        return self._hub.store.read(lambda tx: claims.count_workers(tx, SILENT_SECONDS, but))
 
     async def greet(self, ask: WorkAsk) -> None:
-        """A worker that was started anew has lost what it does not hold: it is queued again."""
-        self._seen[ask.worker_id] = time.monotonic()
+        """A worker that was started anew has lost what it does not hold: it is queued again.
+
+        One that was started for one job is new in any case.
+        """
+        if ask.only is not None:
+            return
         if self._boots.get(ask.worker_id) == ask.boot_id:
             return
         held = {(attempt.job_id, attempt.fence) for attempt in ask.held}
-        lost = await self._hub.write(
-            lambda tx: endings.forget_boot(
-                tx,
-                ask.worker_id,
-                held,
-                max_lapses=self._hub.settings.max_lapses,
-                backoff_seconds=0.1,
+
+        def work(tx: Connection) -> list[Job]:
+            if not claims.is_new_boot(tx, ask):
+                return []
+            most = self._hub.settings.max_lapses
+            return endings.forget_boot(
+                tx, ask.worker_id, held, max_lapses=most, backoff_seconds=0.1
             )
-        )
+
+        lost = await self._hub.write(work)
         self._boots[ask.worker_id] = ask.boot_id
         for job in lost:
             log.warning("job %s was lost by worker %s; now %s", job.id, ask.worker_id, job.state)
 
     async def work_for(self, ask: WorkAsk) -> WorkReply | None:
         """What this worker should do next; None where there is nothing."""
-        self._seen[ask.worker_id] = time.monotonic()
-        orders = await self._hub.engines.orders(ask)
+        ask = self._placed(ask)
+        has_engines = ask.only is None and self._is_neighbour(ask)
+        orders = await self._hub.engines.orders(ask) if has_engines else ()
         nudges = self._nudges(ask)
         attempt = await self._claim(ask)
         if attempt is None and not orders and not nudges:
@@ -72,16 +78,28 @@ class Hands:
 
     async def report(self, job_id: str, fence: int, token: str, body: Report) -> Orders:
         """A heartbeat with events. Raises AuthenticationError, FencedError."""
+        said = await self._hub.depot.judged(job_id, fence, body)
 
         def work(tx: Connection) -> Orders:
             claims.check_token(tx, job_id, fence, token)
-            if body.events:
-                events.append(tx, job_id, fence, body.worker_id, body.events)
+            if said:
+                events.append(tx, job_id, fence, body.worker_id, said)
             return claims.heartbeat(
                 tx, job_id, fence, body.worker_id, lease_seconds=self._hub.settings.lease_seconds
             )
 
-        return await self._hub.write(work)
+        orders = await self._hub.write(work)
+        await self._hub.depot.thin(job_id, fence, body.worker_id, said)
+        return orders
+
+    def _placed(self, ask: WorkAsk) -> WorkAsk:
+        """The question, with a mark that is remembered: whether its worker sees the workspace."""
+        is_remote = ask.house_id not in (None, self._hub.house_id)
+        return ask.model_copy(update={"host": {**ask.host, "is_remote": is_remote}})
+
+    def _is_neighbour(self, ask: WorkAsk) -> bool:
+        """Whether its engines' loopback addresses can be reached from here."""
+        return not ask.host["is_remote"] and ask.network in (None, self._network or None)
 
     async def finish(self, job_id: str, fence: int, token: str, outcome: Outcome) -> Orders:
         """Record an attempt's end; a success only with an artifact whose every byte is there."""
@@ -109,45 +127,45 @@ class Hands:
         return Orders(lease_seconds=self._hub.settings.lease_seconds)
 
     async def _record(self, job_id: str, fence: int, told: Outcome) -> Job:
+        """The slow part of a promotion is done before the transaction, its clearing away after."""
+        moving = self._promotion(job_id, told)
+        if moving is None:
+            return await self._write_end(job_id, fence, told, None)
+        try:
+            await asyncio.to_thread(moving.stage)
+            return await self._write_end(job_id, fence, told, lambda _: str(moving.swap()))
+        finally:
+            await asyncio.to_thread(moving.close)
+
+    async def _write_end(
+        self, job_id: str, fence: int, told: Outcome, promote: endings.Promote | None
+    ) -> Job:
         def work(tx: Connection) -> Job:
             return endings.finish(
                 tx,
                 job_id,
                 fence,
                 told,
-                promote=lambda job: self._promote(job, told),
+                promote=promote,
                 max_lapses=self._hub.settings.max_lapses,
-                backoff_seconds=BACKOFF_SECONDS,
+                backoff_seconds=self._hub.settings.backoff_seconds,
             )
 
         return await self._hub.write(work)
 
-    def _promote(self, job: Job, outcome: Outcome) -> str:
-        """Under the fence, on the writer's thread; done again, it changes nothing."""
+    def _promotion(self, job_id: str, outcome: Outcome) -> Promotion | None:
+        """For an attempt that succeeded and was not ended otherwise before."""
+        job = self._hub.store.read(lambda tx: jobs.get(tx, job_id))
+        if outcome.kind != "succeeded" or job.state.is_final:
+            return None
         assert outcome.artifact
         assert outcome.manifest_sha256
-        place = promote(
+        return Promotion(
             Path(outcome.artifact),
             Path(job.output_dir),
             manifest_sha256=outcome.manifest_sha256,
             journal=self._hub.settings.home / "promotions",
         )
-        return str(place)
-
-    async def grant_grace(self) -> None:
-        """At the start: workers that outlived the last server get the time to come back."""
-        lease = self._hub.settings.lease_seconds
-        await self._hub.write(lambda tx: jobs.grant_grace(tx, lease))
-
-    async def reap(self) -> None:
-        settings = self._hub.settings
-        lapsed = await self._hub.write(
-            lambda tx: endings.reap(
-                tx, max_lapses=settings.max_lapses, backoff_seconds=BACKOFF_SECONDS
-            )
-        )
-        for job in lapsed:
-            log.warning("job %s: its lease lapsed; now %s", job.id, job.state)
 
     async def _claim(self, ask: WorkAsk) -> Assignment | None:
         """A write only where there is something to claim: an idle poll costs no commit."""
@@ -180,6 +198,8 @@ class Hands:
             lease_seconds=settings.lease_seconds,
             stall_seconds=settings.stall_seconds,
             first_event_n=claimed.first_event_n,
+            workspace=str(self._hub.workspace),
+            is_remote=bool(ask.host.get("is_remote")),
         )
 
     def _nudges(self, ask: WorkAsk) -> tuple[HeldAttempt, ...]:
@@ -209,6 +229,7 @@ class Hands:
         try:
             if artifact.parent != place:
                 raise BrokenManifest("the artifact is not in its attempt's folder")
+            self._hub.depot.bring_here(artifact)
             if not artifact.exists() and self._is_promoted(job_id, outcome):
                 return outcome
             verify(artifact, outcome.manifest_sha256)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from sqlalchemy import select
@@ -14,10 +15,11 @@ from tunesmith.hub.cache import Snapshot
 from tunesmith.hub.folder import ModelFolder, read
 from tunesmith.hub.principal import Principal
 from tunesmith.settings import Settings
-from tunesmith.spec.records import Job, JobState
+from tunesmith.spec.records import JobState
 from tunesmith.store import catalog, jobs, tables
 from tunesmith.store.database import Store
 from tunesmith.store.files import confine
+from tunesmith.store.listing import Line
 
 MAX_GENERATIONS = 16
 DATA_SUFFIXES = (".jsonl", ".json", ".txt")
@@ -111,11 +113,11 @@ def find_data(
     )
 
 
-def tuned_name(job: Job) -> str | None:
+def tuned_name(line: Line) -> str | None:
     """`ft:<last part of the root base>:<org>:<suffix>:<job id>`, once there is a model."""
-    if job.state is not JobState.SUCCEEDED or job.artifact is None:
+    if line.state != JobState.SUCCEEDED or line.artifact is None:
         return None
-    return f"ft:{_root_name(Path(job.model.path))}:local:{job.label or ''}:{job.id}"
+    return f"ft:{_root_name(Path(line.model_path))}:local:{line.label or ''}:{line.id}"
 
 
 def _root_name(path: Path) -> str:
@@ -132,11 +134,21 @@ def _root_name(path: Path) -> str:
 
 def _tuned_from(path: Path) -> Path | None:
     """The model that a job of ours tuned to make this one, as its record says."""
+    record = path / "training.json"
     try:
-        record = json.loads((path / "training.json").read_bytes())
-        if record["spec"].get("from_scratch"):
+        found = record.stat()
+    except OSError:
+        return None
+    return _base_of(record, (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+
+
+@lru_cache(maxsize=1024)
+def _base_of(record: Path, _stamp: tuple[int, ...]) -> Path | None:
+    try:
+        body = json.loads(record.read_bytes())
+        if body["spec"].get("from_scratch"):
             return None
-        return Path(str(record["base_model"]))
+        return Path(str(body["base_model"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -17,9 +17,10 @@ def of(spec: TrainSpec, model: ModelFolder, has_gpu: bool = False) -> Needs:
     parameters = _parameters(spec, model)
     trained = _trained(spec, parameters, model)
     weights = 4 * parameters + 12 * trained
+    each = PROCESS_BYTES + weights + _activations(spec, model)
     return Needs(
-        gpus=1 if has_gpu else 0,
-        memory_bytes=min(PROCESS_BYTES + weights + _activations(spec, model), MAX_BYTES),
+        gpus=spec.run.devices if has_gpu else 0,
+        memory_bytes=min(each * (1 if has_gpu else spec.run.devices), MAX_BYTES),
     )
 
 
@@ -31,7 +32,7 @@ def disk_bytes(spec: TrainSpec, model: ModelFolder) -> int:
 
 
 def _trained(spec: TrainSpec, parameters: int, model: ModelFolder) -> int:
-    lora = getattr(spec, "lora", None)
+    lora = None if isinstance(spec, Pretrain) else spec.lora
     if lora is None:
         return parameters
     width = model.size("hidden_size", "n_embd") or 1024

@@ -2,6 +2,7 @@
 
 import ipaddress
 from dataclasses import dataclass
+from functools import lru_cache
 
 TEST_KEYS = {"test-key-001": "test-key-001", "test-key-002": "test-key-002"}
 """Key → owner: good on loopback until the operator makes the first key."""
@@ -13,6 +14,8 @@ class Principal:
     owner: str
     sees_all: bool = False
     is_operator: bool = False
+    is_worker: bool = False
+    """A host that trains: the workers' routes are open to it, and no other."""
 
     @classmethod
     def local(cls) -> "Principal":
@@ -25,6 +28,7 @@ class Principal:
         return None if self.sees_all else self.owner
 
 
+@lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
     """Whether only this machine is meant: a name or an address."""
     if host == "localhost":

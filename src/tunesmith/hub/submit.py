@@ -1,22 +1,31 @@
 """From what was asked for to a committed row: resolved, checked, pinned; then the bell."""
 
 import asyncio
+import contextlib
 import hashlib
-import json
-import shutil
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+import msgspec
 from sqlalchemy.engine import Connection
 
-from tunesmith.errors import BadRequestError, NoSpaceError, ValidationError
-from tunesmith.hub import checks, data, needs, output
+from tunesmith.errors import (
+    BadRequestError,
+    NoSpaceError,
+    TuningAPIError,
+    ValidationError,
+)
+from tunesmith.hub import needs, output
 from tunesmith.hub.asked import Request
-from tunesmith.hub.names import FoundModel, find_base, find_data
+from tunesmith.hub.intake import Key, Submission
+from tunesmith.hub.known import Look, Lookup, Unknown
+from tunesmith.hub.names import FoundModel
 from tunesmith.hub.principal import Principal
 from tunesmith.manifest import BrokenManifest, verify
+from tunesmith.spec.hands import Capacity
 from tunesmith.spec.records import Job, Needs, NewJob, Source
-from tunesmith.spec.train import TrainSpec
-from tunesmith.store import claims, idempotency, jobs
+from tunesmith.spec.train import Pretrain, TrainSpec
+from tunesmith.store import idempotency, jobs, reservations
 from tunesmith.store.files import confine
 
 if TYPE_CHECKING:
@@ -25,49 +34,54 @@ if TYPE_CHECKING:
 
 async def submit(hub: "Hub", asked: Request, who: Principal) -> Job:
     """Write the job. Raises NotFoundError, BadRequestError, ConflictError, ValidationError,
-    RateLimitError, NoSpaceError: whatever is wrong is said now, and nothing is left behind."""
-    replayed = _replay(hub, asked, who)
-    if replayed is not None:
+    RateLimitError, NoSpaceError: whatever is wrong is said now, and nothing is left behind.
+
+    Where the same request made a job before, that is the answer, whatever would be wrong today.
+    """
+    try:
+        return await _submit(hub, asked, who)
+    except TuningAPIError:
+        replayed = await asyncio.to_thread(_replay, hub, asked, who)
+        if replayed is None:
+            raise
         return replayed
-    new = await asyncio.to_thread(_prepare, hub, asked, who)
 
-    def work(tx: Connection) -> Job:
-        again = _find(tx, asked, who)
-        if again is not None:
-            return jobs.get(tx, again)
-        job = jobs.submit(
-            tx,
-            new,
-            max_unfinished=hub.settings.max_queued_jobs,
-            outputs_root=hub.workspace / "outputs",
-        )
-        if asked.idempotency_key:
-            answer = idempotency.Stored(status=200, response={"job_id": job.id})
-            idempotency.keep(
-                tx, who.owner, asked.route, asked.idempotency_key, _digest(asked), answer
-            )
-        return job
 
-    job = await hub.write(work)
+async def _submit(hub: "Hub", asked: Request, who: Principal) -> Job:
+    new = await _new(hub, asked, who)
+    key = None
+    if asked.idempotency_key:
+        idempotency.check(asked.idempotency_key)
+        key = Key(who.owner, asked.route, asked.idempotency_key, _digest(asked))
+    job = await hub.intake.take(Submission(new, key))
     if not job.is_validated:
         hub.checks.ring()
     return job
 
 
-def _prepare(hub: "Hub", asked: Request, who: Principal) -> NewJob:
-    spec = asked.spec
-    model = find_base(hub.store, hub.settings, spec.model, who, asked.name("model"))
+async def _new(hub: "Hub", asked: Request, who: Principal) -> NewJob:
+    """At once where all of it is known; else in a thread."""
+    if asked.resume_from is None and asked.output_dir is None:
+        with contextlib.suppress(Unknown):
+            return _prepare(hub, asked, who, hub.known)
+    return await asyncio.to_thread(_prepare, hub, asked, who, Lookup(hub))
+
+
+def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
+    spec, free_bytes = asked.spec, look.free_bytes()
+    model = look.base(spec.model, who, asked.name("model"))
     _refuse_model(model, asked)
-    training = _pinned(hub, asked, who, "dataset", spec.dataset)
+    training = look.pinned(spec.dataset, who, asked.name("dataset"))
     evaluation = None
     if spec.eval_dataset is not None:
-        evaluation = _pinned(hub, asked, who, "eval_dataset", spec.eval_dataset)
+        evaluation = look.pinned(spec.eval_dataset, who, asked.name("eval_dataset"))
     output_dir = None if asked.output_dir is None else output.find(hub, asked, model.folder)
-    _refuse_full_disk(hub, spec, model)
-    wanted = needs.of(spec, model.folder, _has_gpu(hub, spec))
-    _refuse_unfit(hub, wanted)
+    _refuse_full_disk(spec, model, free_bytes)
+    workers = look.workers()
+    wanted = needs.of(spec, model.folder, _has_gpu(spec, workers))
+    _refuse_unfit(wanted, workers)
     parts = [training] if evaluation is None else [training, evaluation]
-    verdicts = [checks.kept(hub, spec, model, part) for part in parts if model.is_here]
+    verdicts = [look.verdict(spec, model, part) for part in parts if model.is_here]
     for verdict in verdicts:
         if verdict is not None and verdict.failure:
             raise ValidationError(verdict.failure, param=asked.name("dataset"))
@@ -87,11 +101,6 @@ def _prepare(hub: "Hub", asked: Request, who: Principal) -> NewJob:
     )
 
 
-def _pinned(hub: "Hub", asked: Request, who: Principal, part: str, name: str) -> data.Pinned:
-    found = find_data(hub.store, hub.settings, name, who, asked.name(part))
-    return data.pin(hub, found, asked.name(part))
-
-
 def _refuse_model(model: FoundModel, asked: Request) -> None:
     name = asked.name("model")
     if not model.folder.has_tokenizer:
@@ -100,7 +109,7 @@ def _refuse_model(model: FoundModel, asked: Request) -> None:
             "weights",
             param=name,
         )
-    is_from_scratch = getattr(asked.spec, "from_scratch", False)
+    is_from_scratch = isinstance(asked.spec, Pretrain) and asked.spec.from_scratch
     if not model.folder.has_weights and not is_from_scratch:
         raise BadRequestError(f"{name}: {model.name!r} has no safetensors weights", param=name)
 
@@ -122,9 +131,8 @@ def _checkpoint(hub: "Hub", asked: Request) -> str | None:
     return str(path)
 
 
-def _refuse_full_disk(hub: "Hub", spec: TrainSpec, model: FoundModel) -> None:
+def _refuse_full_disk(spec: TrainSpec, model: FoundModel, free: int) -> None:
     wanted = needs.disk_bytes(spec, model.folder)
-    free = shutil.disk_usage(hub.settings.home).free
     if free < wanted:
         raise NoSpaceError(
             f"the job's checkpoints and model want about {_gb(wanted)}, the workspace's disk has "
@@ -132,20 +140,17 @@ def _refuse_full_disk(hub: "Hub", spec: TrainSpec, model: FoundModel) -> None:
         )
 
 
-def _refuse_unfit(hub: "Hub", wanted: Needs) -> None:
-    if hub.store.read(lambda tx: claims.unfit(tx, wanted)):
+def _refuse_unfit(wanted: Needs, workers: Collection[Capacity]) -> None:
+    if workers and not any(reservations.fits_at_most(wanted, one) for one in workers):
         raise BadRequestError(
             f"no worker here can ever run this: it wants {wanted.gpus} GPUs and about "
             f"{_gb(wanted.memory_bytes)} of memory; choose a smaller model or a shorter max_length"
         )
 
 
-def _has_gpu(hub: "Hub", spec: TrainSpec) -> bool:
+def _has_gpu(spec: TrainSpec, workers: Collection[Capacity]) -> bool:
     """A GPU is asked for where a worker has one, and where the request cannot do without."""
-    if spec.run.quantization is not None:
-        return True
-    known = hub.store.read(claims.known_workers)
-    return any(capacity.max_gpus for capacity in known.values())
+    return spec.run.quantization is not None or any(one.max_gpus for one in workers)
 
 
 def _replay(hub: "Hub", asked: Request, who: Principal) -> Job | None:
@@ -164,8 +169,7 @@ def _find(tx: Connection, asked: Request, who: Principal) -> str | None:
 
 
 def _digest(asked: Request) -> str:
-    body = json.dumps(asked.request, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(body.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(msgspec.json.encode(asked.request, order="sorted")).hexdigest()
 
 
 def _gb(size: int) -> str:

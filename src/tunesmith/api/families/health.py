@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, Depends
+from fastapi.responses import JSONResponse
 
 from tunesmith import VERSION
 from tunesmith.api.auth import anyone
@@ -20,6 +21,19 @@ def greet() -> dict[str, str]:
         "version": VERSION,
         "docs": "/docs",
     }
+
+
+@router.get(
+    "/health/ready",
+    summary="Whether new work is taken now",
+    responses={503: {"description": "Not now; `reason` says why"}},
+)
+def ready(hub: HubDep) -> JSONResponse:
+    """For whoever sends requests here, or waits for a start. 503 where new work is refused."""
+    reason = hub.trouble()
+    if reason is not None:
+        return JSONResponse({"ready": False, "reason": reason}, 503, {"Retry-After": "5"})
+    return JSONResponse({"ready": True, "reason": None})
 
 
 @router.get("/health", summary="Whether the server works, and what it is busy with")

@@ -4,7 +4,7 @@ The body goes to the engine that holds the model as it came, but for the model's
 back goes to the client as it comes.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -129,7 +129,7 @@ async def _object(request: Request) -> dict[str, Any]:
     return body
 
 
-async def _parts(answer: Answer) -> AsyncIterator[str]:
+async def _parts(answer: Answer) -> AsyncGenerator[str, None]:
     try:
         async for part in answer.parts():
             yield part

@@ -1,32 +1,24 @@
 """The training contract: /train/sft, /jobs; it translates and decides nothing."""
 
-from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Header, Path, Query
+from fastapi import APIRouter, Depends, Header, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from tunesmith.api.auth import Caller, caller
 from tunesmith.api.deps import HubDep
+from tunesmith.api.direct import DirectRoute
+from tunesmith.api.families.shown import MEANT, JobDetail, JobView, Status, as_json, shown
 from tunesmith.api.strict import StrictRoute
 from tunesmith.errors import BadRequestError
 from tunesmith.hub.asked import Request as SubmitRequest
-from tunesmith.spec.records import Job, JobState, StopMode
+from tunesmith.spec.records import JobState, StopMode
 from tunesmith.spec.strict import Name
 from tunesmith.spec.train import MAX_LENGTH_LIMIT, Lora, Optim, Run, Sft, Target
+from tunesmith.store.listing import line_of
 
 router = APIRouter(tags=["training"], route_class=StrictRoute, dependencies=[Depends(caller)])
 
-Status = Literal["pending", "running", "completed", "failed", "cancelled"]
-WORDS: dict[JobState, Status] = {
-    JobState.QUEUED: "pending",
-    JobState.PAUSED: "pending",
-    JobState.STARTING: "running",
-    JobState.RUNNING: "running",
-    JobState.SUCCEEDED: "completed",
-    JobState.FAILED: "failed",
-    JobState.CANCELLED: "cancelled",
-}
 JobIdText = Annotated[
     str,
     Path(
@@ -93,6 +85,9 @@ class SftRequest(BaseModel):
     ) = Field("all-linear", description="module names as PEFT takes them, or all linear layers")
     load_in_4bit: bool = Field(False, description="the base in 4 bits (needs a GPU)")
     load_in_8bit: bool = Field(False, description="the base in 8 bits (needs a GPU)")
+    devices: int = Field(
+        1, ge=1, le=1024, description="GPUs that share each step (on a CPU: processes)"
+    )
     eval_dataset_path: Name | None = Field(None, description="held-out data, same formats")
     logging_steps: int = Field(1, ge=1, le=1_000_000, description="steps between reported losses")
     save_steps: int | None = Field(
@@ -145,6 +140,7 @@ class SftRequest(BaseModel):
         bits: Literal["4bit", "8bit"] | None = "8bit" if self.load_in_8bit else None
         return Run(
             quantization="4bit" if self.load_in_4bit else bits,
+            devices=self.devices,
             logging_steps=self.logging_steps,
             save_steps=self.save_steps,
         )
@@ -154,32 +150,6 @@ class Created(BaseModel):
     job_id: str = Field(description="8 hex digits", examples=["a1b2c3d4"])
     status: Status = Field(description="pending: made, not started")
     message: str = Field(description="for a person", examples=["SFT training job created"])
-
-
-class JobView(BaseModel):
-    """One job. Times are UTC, ISO 8601, to the second."""
-
-    job_id: str = Field(description="8 hex digits")
-    training_type: str = Field(description="sft, dpo, else the method's name")
-    status: Status = Field(description="pending, running, completed, failed or cancelled")
-    config: dict[str, Any] = Field(description="the request, with its defaults filled in")
-    created_at: str = Field(description="when it was submitted")
-    started_at: str | None = Field(description="when its first attempt began")
-    completed_at: str | None = Field(description="when it ended, however it ended")
-    error: str | None = Field(description="what went wrong, and what to do")
-    error_message: str | None = Field(description="repeats `error`")
-    log_file: str = Field(description="in the workspace")
-    output_dir: str = Field(description="where the model is, or will be")
-    fine_tuned_model: str | None = Field(description="the name to chat with, once completed")
-
-
-class JobDetail(JobView):
-    progress: float = Field(description="0 to 1")
-    metrics: dict[str, Any] = Field(description="the latest of each")
-    eta_seconds: float | None = Field(description="seconds that are left, once it can be told")
-    state: JobState = Field(description="the precise state")
-    attempts: int = Field(description="how often it was started")
-    checkpoint_step: int | None = Field(description="the newest whole checkpoint")
 
 
 class Logs(BaseModel):
@@ -203,10 +173,9 @@ IdempotencyKey = Annotated[
 ]
 
 
-@router.post("/train/sft", summary="Start a supervised fine-tuning job")
 async def train_sft(
     request: SftRequest, hub: HubDep, who: Caller, idempotency_key: IdempotencyKey = None
-) -> Created:
+) -> Response:
     asked = SubmitRequest(
         spec=request.to_spec(),
         output_dir=request.output_dir,
@@ -223,30 +192,37 @@ async def train_sft(
         },
     )
     job = await hub.submit(asked, who)
-    return Created(job_id=job.id, status="pending", message="SFT training job created")
+    answer = Created(job_id=job.id, status="pending", message="SFT training job created")
+    return Response(answer.model_dump_json(), media_type="application/json")
 
 
-@router.get("/jobs", summary="List jobs, newest first")
+router.add_api_route(
+    "/train/sft",
+    train_sft,
+    methods=["POST"],
+    summary="Start a supervised fine-tuning job",
+    response_model=Created,
+    route_class_override=DirectRoute,
+)
+
+
+@router.get("/jobs", summary="List jobs, newest first", response_model=list[JobView])
 def list_jobs(
     hub: HubDep,
     who: Caller,
     status: Annotated[Status | None, Query(description="only these")] = None,
     limit: Annotated[int | None, Query(ge=1, le=100_000, description="at most so many")] = None,
     offset: Annotated[int, Query(ge=0, le=10**9, description="leave out the first")] = 0,
-) -> list[JobView]:
-    if status is None:
-        return [_shown(hub, job) for job in hub.list_jobs(who, limit=limit, offset=offset)]
-    states = [state for state in JobState if _may_mean(state, status)]
-    found = [job for job in hub.list_jobs(who, states) if _word(job) == status]
-    end = None if limit is None else offset + limit
-    return [_shown(hub, job) for job in found[offset:end]]
+) -> Response:
+    found = hub.lines(who, None if status is None else MEANT[status], limit, offset)
+    return Response(as_json(hub, found), media_type="application/json")
 
 
 @router.get("/jobs/{job_id}", summary="One job, with its progress")
 def get_job(job_id: JobIdText, hub: HubDep, who: Caller) -> JobDetail:
     job = hub.job(job_id, who)
     return JobDetail(
-        **_shown(hub, job).model_dump(),
+        **shown(hub, line_of(job)),
         progress=job.progress,
         metrics=job.metrics,
         eta_seconds=job.eta_seconds,
@@ -280,39 +256,3 @@ async def cancel_job(
     ended = job.state is JobState.CANCELLED
     message = "job cancelled" if ended else "the job stops at its next step, after a checkpoint"
     return Cancelled(job_id=job.id, status="cancelled", message=message)
-
-
-def _word(job: Job) -> Status:
-    if job.state is JobState.STOPPING:
-        return "running" if job.stop_mode is StopMode.PAUSE else "cancelled"
-    return WORDS[job.state]
-
-
-def _may_mean(state: JobState, status: Status) -> bool:
-    if state is JobState.STOPPING:
-        return status in ("running", "cancelled")
-    return WORDS[state] == status
-
-
-def _shown(hub: HubDep, job: Job) -> JobView:
-    error = job.error if not (job.error and job.hint) else f"{job.error} ({job.hint})"
-    return JobView(
-        job_id=job.id,
-        training_type=job.spec.method,
-        status=_word(job),
-        config=job.request,
-        created_at=_stamp(job.created_at) or "",
-        started_at=_stamp(job.started_at),
-        completed_at=_stamp(job.finished_at),
-        error=error,
-        error_message=error,
-        log_file=hub.relative(hub.log_path(job.id)),
-        output_dir=hub.relative(job.output_dir),
-        fine_tuned_model=hub.tuned_name(job),
-    )
-
-
-def _stamp(seconds: float | None) -> str | None:
-    if seconds is None:
-        return None
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
