@@ -28,7 +28,8 @@ def judge(
     verdicts = []
     for name, (sign, bar) in bars.items():
         is_met = bool(_TESTS[sign](figures[name], bar))
-        verdicts.append({"figure": name, "value": figures[name], "bar": bar, "is_met": is_met})
+        found = {"figure": name, "value": figures[name], "bar": bar, "sign": sign}
+        verdicts.append({**found, "is_met": is_met})
         print(f"{'met   ' if is_met else 'MISSED'}  {name}: {figures[name]} (bar: {sign} {bar})")
     return verdicts
 
