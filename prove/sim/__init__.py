@@ -1,0 +1,80 @@
+"""Thousands of schedules of the store under a virtual clock, and the loss of each guard noticed."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+from prove.proof import Figure, Progress, Result, Setting
+from prove.sim.mutants import MUTANTS
+from prove.sim.worker import Played, first_fault, play_all
+from servers import open_postgres
+
+BATCH = 50
+MUTANT_SEEDS = 1000
+
+
+def run(setting: Setting, show: Progress) -> Result:
+    total = setting.count(5_000, 50_000)
+    on_postgres = setting.count(200, 2_000)
+    figures: list[Figure] = []
+    with _processes() as pool:
+        if "sqlite" in setting.databases:
+            played = list(_play(pool, setting.seed, total, lambda: "sqlite://", show))
+            figures.append(_schedules("SQLite", played))
+        if "postgresql" in setting.databases:
+            with open_postgres(setting.folder / "postgres") as cluster:
+                played = list(_play(pool, setting.seed, on_postgres, cluster.database, show))
+            figures.append(_schedules("PostgreSQL", played))
+    figures.append(_guards(setting.seed, show))
+    return Result(tuple(figures))
+
+
+def _processes(tasks: int | None = None) -> ProcessPoolExecutor:
+    """Fresh ones: each imports the store as it should be, or without a guard."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(os.cpu_count(), mp_context=context, max_tasks_per_child=tasks)
+
+
+def _play(
+    pool: ProcessPoolExecutor, seed: int, count: int, database: Callable[[], str], show: Progress
+) -> Iterator[Played]:
+    """A database of its own for each batch."""
+    batches = [
+        range(start, min(start + BATCH, seed + count)) for start in range(seed, seed + count, BATCH)
+    ]
+    waiting = [pool.submit(play_all, batch, database()) for batch in batches]
+    done = 0
+    for future in as_completed(waiting):
+        found = future.result()
+        done += len(found)
+        show(done, count, f"{done} schedules")
+        yield from found
+
+
+def _schedules(name: str, played: list[Played]) -> Figure:
+    broken = [one for one in played if one.faults]
+    told = f"{len(played)} schedules, {sum(one.acts for one in played)} acts, {len(broken)} broken"
+    if broken:
+        first = min(broken)
+        told += f"; seed {first.seed}: {first.faults[0]}"
+    return Figure(f"schedules on {name}", "0 violations", told, not broken)
+
+
+def _guards(seed: int, show: Progress) -> Figure:
+    """Each guard taken out; how many schedules it took to notice."""
+    caught: dict[str, int] = {}
+    with _processes(tasks=1) as pool:
+        seeds = range(seed, seed + MUTANT_SEEDS)
+        waiting = {pool.submit(first_fault, seeds, one.name): one.name for one in MUTANTS}
+        for number, future in enumerate(as_completed(waiting), 1):
+            found = future.result()
+            if found is not None:
+                caught[waiting[future]] = found.seed - seed + 1
+            show(number, len(MUTANTS), f"{len(caught)} of {number} guards missed")
+    unseen = [one.name for one in MUTANTS if one.name not in caught]
+    slowest = max(caught.values(), default=0)
+    told = f"{len(caught)} of {len(MUTANTS)}, each within {slowest} schedules"
+    if unseen:
+        told += "; not noticed: " + ", ".join(unseen)
+    return Figure("guards whose loss is noticed", "100 % of at least 12", told, not unseen)
