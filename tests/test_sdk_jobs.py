@@ -55,6 +55,27 @@ def test_a_stream_cut_in_the_middle_goes_on_where_it_broke(
     assert [one.headers["last-event-id"] for one in wire.of(EVENTS)] == ["0", "2", "2", "2"]
 
 
+def test_the_server_s_own_words_on_a_stream_are_no_events(client: TuningClient, wire: Wire) -> None:
+    closing = "retry: 1500\nevent: server_closing\ndata: {}\n\n"
+    reset = 'id: 0-a1b2c3d4\nevent: reset\ndata: {"state": "running", "first_seq": 1}\n\n'
+    wire.on(ONE_JOB, reply(job("running")))
+    wire.on(EVENTS, stream(event(1), closing), stream(reset, event(1), event(2, "succeeded")))
+    # told anew: this server knows a job whose story is another one's
+    assert [one.seq for one in client.jobs.events("a1b2c3d4")] == [1, 1, 2]
+    wire.on(EVENTS, stream(reset, event(1), event(2, "succeeded")))
+    assert [one.seq for one in client.jobs.events("a1b2c3d4", after=1)] == [2]
+
+
+def test_a_server_that_was_there_is_given_time_for_a_restart(
+    client: TuningClient, wire: Wire
+) -> None:
+    away = [drop, reply({"detail": "closing"}, 503)] * 4
+    wire.on(ONE_JOB, reply(job("running")), *away, reply(job("completed")))
+    assert client.jobs.get("a1b2c3d4").status == "running"
+    assert client.jobs.get("a1b2c3d4").status == "completed"
+    assert len(wire.of(ONE_JOB)) == 10
+
+
 def test_a_stream_that_ends_early_is_opened_again_while_the_job_runs(
     client: TuningClient, wire: Wire
 ) -> None:

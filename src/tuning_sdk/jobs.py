@@ -10,13 +10,13 @@ from urllib.parse import quote
 from tuning_sdk.errors import ConnectionError, TimeoutError, TuningAPIError
 from tuning_sdk.events import EventLine, read_events
 from tuning_sdk.models import CreatedJob, Job, JobEvent, LogLines
-from tuning_sdk.retry import Call, should_retry_status, wait_seconds
+from tuning_sdk.retry import PATIENCE, Call, should_retry_status, wait_seconds
 from tuning_sdk.transport import Transport
 
 _SILENCE_SECONDS = 60.0
 """Longer than the server's keep-alives are apart: a stream that says nothing is opened anew."""
-_PATIENCE = 12
-"""Tries in a row to open a stream that once was open: about a minute, time for a restart."""
+_SERVERS_OWN = {"reset", "server_closing"}
+"""Words on a stream that are no events of the job."""
 
 
 class Jobs:
@@ -90,14 +90,19 @@ class Jobs:
     def events(self, job_id: str, after: int = 0) -> Iterator[JobEvent]:
         """Each event after number `after`, once, in order, until the job has ended.
 
-        A stream that breaks is opened again where it broke. Raises NotFoundError, and
+        A stream that breaks is opened again where it broke. A server that was restored from an
+        older copy tells the job's story anew, from its beginning. Raises NotFoundError, and
         ConnectionError once the server stays away.
         """
-        failures, patience = 0, self._transport.max_retries
+        failures, patience, first = 0, self._transport.max_retries, after
         while True:
             try:
                 for line in self._open_events(job_id, after):
-                    patience = max(patience, _PATIENCE)
+                    patience = max(patience, PATIENCE)
+                    if line.name == "reset" and after > first:
+                        after = first = 0
+                    if line.name in _SERVERS_OWN:
+                        continue
                     event = JobEvent.of(line.data)
                     if event.seq <= after:
                         continue

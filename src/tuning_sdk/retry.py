@@ -14,6 +14,8 @@ from typing import Any
 from tuning_sdk.errors import NotReadyError, RateLimitError, TuningAPIError, error_for
 
 MAX_WAIT_SECONDS = 60.0
+PATIENCE = 12
+"""Tries in a row at a server that was there before: about a minute, time for its restart."""
 _FIRST_WAIT_SECONDS = 0.25
 _LONGEST_BACKOFF_SECONDS = 8.0
 _MAX_MESSAGE = 2000

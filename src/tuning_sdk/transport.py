@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx2
 
-from tuning_sdk.errors import ConnectionError, TimeoutError, TuningAPIError
-from tuning_sdk.retry import Call, error_of, should_retry_status, wait_seconds
+from tuning_sdk.errors import ConnectionError, NotReadyError, TimeoutError, TuningAPIError
+from tuning_sdk.retry import PATIENCE, Call, error_of, should_retry_status, wait_seconds
 
 _CONNECT_SECONDS = 5.0
 _MAX_ERROR_BYTES = 1 << 20
@@ -35,6 +35,7 @@ class Transport:
         self.timeout = timeout
         self.max_retries = max_retries
         self.sleep = sleep
+        self._has_answered = False
         headers = {"User-Agent": _AGENT, "Accept": "application/json"}
         if api_key:
             headers["Authorization"] = f"Bearer {checked_key(api_key)}"
@@ -50,7 +51,9 @@ class Transport:
     def send(self, call: Call, body: Body | None = None) -> Any:
         """Send, retry where that is safe, and return the parsed JSON (None for an empty answer).
 
-        Raises the leaf of TuningAPIError that the server raised, ConnectionError, TimeoutError.
+        A server that answered before and is away now is given time for a restart, unless
+        `max_retries` is 0. Raises the leaf of TuningAPIError that the server raised,
+        ConnectionError, TimeoutError.
         """
         tried = 0
         while True:
@@ -67,6 +70,7 @@ class Transport:
         """An answer that is read while it comes; not retried here. Raises as `send` does."""
         with self._told():
             response = self._http.send(self._request(call), stream=True)
+        self._has_answered = True
         try:
             with self._told():
                 _refuse(response)
@@ -81,6 +85,7 @@ class Transport:
             else:
                 with body() as parts:
                     response = self._http.send(self._request(call, parts))
+            self._has_answered = True
             _refuse(response)
             return response
 
@@ -100,7 +105,12 @@ class Transport:
         )
 
     def _is_worth_a_retry(self, call: Call, error: TuningAPIError, tried: int) -> bool:
-        if tried > self.max_retries or not call.is_repeatable:
+        is_away = isinstance(error, ConnectionError | NotReadyError)
+        tries = self.max_retries
+        if is_away and self._has_answered and tries > 0:
+            tries = max(tries, PATIENCE)
+        is_unsent = isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout)
+        if tried > tries or not (call.is_repeatable or is_unsent):
             return False
         return isinstance(error, ConnectionError | TimeoutError) or should_retry_status(
             error.status_code
