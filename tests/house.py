@@ -9,11 +9,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import psutil
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.pool import NullPool
 
 from train_fixtures import WORDS, make_model, write_rows
 
@@ -35,17 +38,25 @@ class House:
     over: dict[str, str] = field(default_factory=dict)
     process: "subprocess.Popen[bytes] | None" = None
     url: str = ""
+    port: int = 0
+    """0: a free one at each start."""
 
     def start(self, *arguments: str) -> "House":
-        """`tunesmith up`, or what else is given, on a free port; wait for its address."""
-        (self.home / "api.json").unlink(missing_ok=True)
+        """`tunesmith up`, or what else is given, and wait for its address."""
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith("TUNESMITH_")
         }
         environment |= QUICK | self.over | {"TUNESMITH_WORKSPACE": str(self.workspace)}
         with (self.workspace / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tunesmith.cli", *(arguments or ["up"]), "--port", "0"],
+                [
+                    sys.executable,
+                    "-m",
+                    "tunesmith.cli",
+                    *(arguments or ["up"]),
+                    "--port",
+                    str(self.port),
+                ],
                 env=environment,
                 stdout=log,
                 stderr=log,
@@ -143,11 +154,19 @@ class House:
         return found
 
     def last_seq(self, job_id: str) -> int:
-        import sqlite3
+        """Read from the rows, on either database."""
+        rows = self.query("select last_seq from jobs where id = :job_id", job_id=job_id)
+        return int(rows[0][0])
 
-        with contextlib.closing(sqlite3.connect(self.home / "db.sqlite")) as db:
-            row = db.execute("select last_seq from jobs where id = ?", (job_id,)).fetchone()
-        return int(row[0])
+    def query(self, statement: str, **values: Any) -> list[Any]:
+        """Ask the house's database, beside its server: `:name` stands for a value."""
+        with self._database.connect() as connection:
+            return list(connection.execute(text(statement), values))
+
+    @cached_property
+    def _database(self) -> Engine:
+        url = self.over.get("TUNESMITH_DATABASE_URL") or f"sqlite:///{self.home / 'db.sqlite'}"
+        return create_engine(url, poolclass=NullPool)
 
     def wait_event(self, job_id: str, kind: str, last: bool = False, **data: Any) -> dict[str, Any]:
         def look() -> dict[str, Any] | None:
@@ -177,7 +196,8 @@ class House:
         def look() -> str | None:
             assert self.process is not None
             assert self.process.poll() is None, (self.workspace / "server.log").read_text()
-            return str(json.loads(place.read_text())["url"]) if place.exists() else None
+            told = json.loads(place.read_text()) if place.exists() else {"pid": 0}
+            return str(told["url"]) if told["pid"] == self._pid else None
 
         return str(self.wait(look))
 

@@ -60,7 +60,7 @@ def test_the_module_runs_and_tells_its_version() -> None:
         ("jobs ls --limit 0", 2, "greater than or equal to 1"),
         ("jobs ls --status lost", 2, "status"),
         ("chat", 2, "missing argument"),
-        ("api --bell celery", 2, "no celery bell yet"),
+        ("api --bell gong", 2, "gong"),
         ("up --port 99999", 2, "--port"),
         ("up --workspace ./nowhere", 2, "no folder"),
         ("train none.yaml", 3, "no file 'none.yaml'"),
