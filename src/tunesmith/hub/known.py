@@ -6,7 +6,6 @@ time, which costs some ten microseconds, where finding out anew costs a thousand
 
 import asyncio
 import math
-import os
 import shutil
 import time
 from collections.abc import Collection, Iterator
@@ -20,6 +19,7 @@ from tunesmith.hub.data import Pinned
 from tunesmith.hub.folder import read
 from tunesmith.hub.names import FoundModel, find_base, find_data
 from tunesmith.hub.principal import Principal
+from tunesmith.hub.trace import Trace
 from tunesmith.spec.hands import Capacity
 from tunesmith.spec.train import Sft, TrainSpec
 from tunesmith.store import claims
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 MAX_NAMES = 1000
 WORKERS_SECONDS = 1.0
-SETTLED_NS = 50_000_000
-"""A file that changes twice within a tick of the kernel's clock keeps its stamp: one that was
-changed so lately is not remembered."""
 
 
 class Unknown(Exception):
@@ -52,46 +49,6 @@ class Look(Protocol):
     def free_bytes(self) -> int:
         """On the workspace's disk. Raises NoSpaceError where no new work is taken."""
         ...
-
-
-Stamp = tuple[int, int, int, int, int]
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Where a path leads, and what was found there."""
-
-    path: str
-    real: str
-    stamp: Stamp
-
-    @classmethod
-    def of(cls, path: str | Path) -> "Trace":
-        """Raises OSError."""
-        text = str(path)
-        descriptor = os.open(text, os.O_PATH | os.O_CLOEXEC)
-        try:
-            found = os.fstat(descriptor)
-            real = os.readlink(f"/proc/self/fd/{descriptor}")
-        finally:
-            os.close(descriptor)
-        return cls(text, real, _stamp(found))
-
-    @property
-    def is_settled(self) -> bool:
-        return time.time_ns() - max(self.stamp[3:]) > SETTLED_NS
-
-    def holds(self) -> bool:
-        return Trace.of(self.path) == self
-
-    def holds_in_place(self) -> bool:
-        """Enough, and faster, where it is no link and its folder's own trace holds."""
-        return _stamp(os.lstat(self.path)) == self.stamp
-
-
-def _stamp(found: os.stat_result) -> Stamp:
-    times = (found.st_mtime_ns, found.st_ctime_ns)
-    return (found.st_dev, found.st_ino, found.st_size, *times)
 
 
 @dataclass

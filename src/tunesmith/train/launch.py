@@ -71,9 +71,11 @@ def _launch(asked: argparse.Namespace, task: str) -> int:
         max_nodes=asked.nodes,
         nproc_per_node=asked.processes,
         run_id=asked.id,
-        rdzv_backend="c10d",
+        # Of several nodes each has its number: rank 0 must be where the task is.
+        rdzv_backend="c10d" if asked.nodes == 1 else "static",
         rdzv_endpoint=asked.endpoint,
-        rdzv_configs={"is_host": asked.node == 0, "timeout": GATHER_SECONDS},
+        rdzv_configs={"timeout": GATHER_SECONDS}
+        | ({"is_host": True} if asked.nodes == 1 else {"rank": asked.node}),
         local_addr="127.0.0.1" if asked.nodes == 1 else None,
         max_restarts=0,
         signals_to_handle="SIGHUP",
