@@ -35,6 +35,9 @@ bench: install
 	$(QUIET) $(BIN)/python bench/train.py
 	$(QUIET) $(BIN)/python bench/start.py
 	$(QUIET) $(BIN)/python bench/sse.py
+	$(QUIET) $(BIN)/python bench/submit.py
+	$(QUIET) $(BIN)/python bench/list.py
+	$(QUIET) $(BIN)/python bench/ready.py
 
 install: .venv/installed
 

@@ -1,5 +1,10 @@
 """A database of many jobs for benchmarks, written by the store itself."""
 
+from functools import partial
+
+from sqlalchemy.engine import Connection
+
+from tunesmith.api.families.training import SftRequest
 from tunesmith.settings import Settings
 from tunesmith.spec.records import JobState, NewJob, Source
 from tunesmith.spec.train import Sft
@@ -14,21 +19,29 @@ def fill(settings: Settings, queued: int, ended: int) -> None:
     store = Store.open(settings.url)
     try:
         for size in _groups(ended):
-            store.write(lambda tx, size=size: [_end(tx, _add(tx, settings)) for _ in range(size)])
+            store.write(partial(_add_ended, settings=settings, size=size)).result()
         for size in _groups(queued):
-            store.write(lambda tx, size=size: [_add(tx, settings) for _ in range(size)]).result()
+            store.write(partial(_add_queued, settings=settings, size=size)).result()
     finally:
         store.close()
+
+
+def _add_queued(tx: Connection, settings: Settings, size: int) -> None:
+    for _ in range(size):
+        _add(tx, settings)
+
+
+def _add_ended(tx: Connection, settings: Settings, size: int) -> None:
+    for _ in range(size):
+        _end(tx, _add(tx, settings))
 
 
 def _groups(count: int) -> list[int]:
     return [min(GROUP, count - start) for start in range(0, count, GROUP)]
 
 
-def _add(tx, settings: Settings) -> str:  # type: ignore[no-untyped-def]
+def _add(tx: Connection, settings: Settings) -> str:
     """As a request of the contract leaves it."""
-    from tunesmith.api.families.training import SftRequest
-
     asked = SftRequest(model_name="models/llama", dataset_path="data/rows.jsonl")
     new = NewJob(
         owner="test-key-001",
@@ -42,6 +55,6 @@ def _add(tx, settings: Settings) -> str:  # type: ignore[no-untyped-def]
     return jobs.submit(tx, new, max_unfinished=10**6, outputs_root=outputs).id
 
 
-def _end(tx, job_id: str) -> None:  # type: ignore[no-untyped-def]
+def _end(tx: Connection, job_id: str) -> None:
     job = jobs.request_stop(tx, job_id, jobs.StopMode.CANCEL, 0.0)
     assert job.state is JobState.CANCELLED

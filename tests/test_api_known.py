@@ -11,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from api_fixtures import ASKED, LOCAL, ROW, hub_of, make_workspace, open_door
+from tunesmith.hub.folder import read
 from tunesmith.hub.known import Unknown
 from tunesmith.hub.principal import Principal
 from tunesmith.hub.trace import SETTLED_NS
@@ -93,6 +94,17 @@ def test_a_model_that_changed_is_looked_at_again_at_once(door: TestClient) -> No
     get_known(door)
     (place / "model.safetensors").unlink()
     assert submit(door).status_code == 400
+
+
+def test_a_template_that_changed_is_another_renderer_at_once(door: TestClient) -> None:
+    """`tokenizer.json` stays as it was."""
+    hub = hub_of(door)
+    place = hub.workspace / "models" / "tiny"
+    get_known(door)
+    before = hub.renderer(read(place), "chat").digest
+    (place / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    assert hub.renderer(read(place), "chat").digest != before
+    assert not is_known(door)
 
 
 def test_a_folder_that_was_moved_out_behind_a_link_is_no_longer_taken(

@@ -58,8 +58,14 @@ def test_a_piece_that_raises_takes_only_itself_back(ledger: Ledger) -> None:
 
 def test_many_pieces_share_one_commit(ledger: Ledger) -> None:
     commits = told_by(ledger.store)
-    gate = threading.Event()
-    ledger.store.write(lambda tx: gate.wait(10))
+    begun, gate = threading.Event(), threading.Event()
+
+    def hold(tx: Connection) -> None:
+        begun.set()
+        gate.wait(60)
+
+    ledger.store.write(hold)
+    assert begun.wait(60)
 
     def touch(number: int) -> Callable[[Connection], None]:
         return lambda tx: tables.touch(tx, f"t{number}")

@@ -23,7 +23,7 @@ from tunesmith.hub.depot import Depot
 from tunesmith.hub.digests import Digests
 from tunesmith.hub.duties import Duties
 from tunesmith.hub.engines import Engines
-from tunesmith.hub.folder import ModelFolder, read
+from tunesmith.hub.folder import ModelFolder, read, stamp_of
 from tunesmith.hub.hands import Hands
 from tunesmith.hub.intake import Intake
 from tunesmith.hub.keys import Keys, worker_token
@@ -273,8 +273,7 @@ class Hub:
     def renderer(self, folder: ModelFolder, format: str) -> Renderer:
         """The model's own renderer, or with a template of ours where it has none."""
         place = folder.path if (folder.path / "tokenizer.json").is_file() else folder.base
-        stamp = (place / "tokenizer.json").stat().st_mtime_ns
-        return _renderer(place, stamp).with_fallback(format)
+        return _renderer(place, stamp_of(place)).with_fallback(format)
 
     def keep_upload(self, filename: str, incoming: Incoming, who: Principal) -> data.Upload:
         return data.keep_upload(self, filename, incoming, who)
@@ -354,11 +353,11 @@ def _kind(word: str) -> catalog.Kind:
 _renderers = threading.Lock()
 
 
-def _renderer(place: Path, stamp: int) -> Renderer:
+def _renderer(place: Path, stamp: tuple[object, ...]) -> Renderer:
     with _renderers:
         return _load_renderer(place, stamp)
 
 
 @lru_cache(maxsize=32)
-def _load_renderer(place: Path, _stamp: int) -> Renderer:
+def _load_renderer(place: Path, _stamp: tuple[object, ...]) -> Renderer:
     return Renderer.load(place)

@@ -73,7 +73,7 @@ def read(path: Path, field: str = "model") -> ModelFolder:
     adapter = path / "adapter_config.json"
     is_adapter = adapter.exists()
     base = _adapter_base(path, adapter, field) if is_adapter else path
-    stamps = tuple(_stamp(folder) for folder in dict.fromkeys((path, base)))
+    stamps = tuple(stamp_of(folder) for folder in dict.fromkeys((path, base)))
     return _read(path, base, is_adapter, field, stamps)
 
 
@@ -219,7 +219,7 @@ def _elements(entry: dict[str, Any], size: int) -> int:
     return math.prod(shape)
 
 
-def _stamp(folder: Path) -> tuple[object, ...]:
+def stamp_of(folder: Path) -> tuple[object, ...]:
     """Changes with whatever is read of it."""
     try:
         with os.scandir(folder) as entries:
