@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tunesmith.nn.attention import AttentionRule, Bounds, attend
+from tunesmith.nn.attention import AttentionRule, Bounds, Segments, attend
 from tunesmith.nn.batch import flatten
 from tunesmith.nn.cross_entropy import linear_cross_entropy_sum
 from tunesmith.nn.kernels import EAGER, compiled
@@ -74,7 +74,7 @@ def test_attention_and_its_gradients_stay_inside_their_segment(
     )
     rule = AttentionRule(0.25, window, softcap)
     grad = torch.randn(queries, 4, 16, generator=dice)
-    ours = attend(q, k, v, BOUNDS, rule, tuple(query_bounds))
+    ours = attend(q, k, v, Segments(BOUNDS, tuple(query_bounds)), rule)
     theirs = plain_attention(q, k, v, BOUNDS, tuple(query_bounds), rule)
     assert torch.allclose(ours, theirs, atol=1e-5)
     found = torch.autograd.grad(ours, (q, k, v), grad)
@@ -91,14 +91,14 @@ def test_the_kernel_for_all_segments_is_close_to_one_for_each(window: int | None
     heads = {"q": 4, "k": 2, "v": 2}
     q, k, v = (torch.randn(one, BOUNDS[-1], 64, generator=dice) for one in heads.values())
     rule = AttentionRule(0.125, window)
-    halved = attend(*(one.cuda().bfloat16() for one in (q, k, v)), BOUNDS, rule)
-    exact = attend(q, k, v, BOUNDS, rule)
+    halved = attend(*(one.cuda().bfloat16() for one in (q, k, v)), Segments(BOUNDS), rule)
+    exact = attend(q, k, v, Segments(BOUNDS), rule)
     assert torch.allclose(halved.float().cpu(), exact, atol=3e-2)
 
 
 def test_spare_rows_give_and_get_nothing() -> None:
     q, k, v = (torch.randn(2, 140, 8, requires_grad=True) for _ in range(3))
-    out = attend(q, k, v, (0, 120), AttentionRule(0.3))
+    out = attend(q, k, v, Segments((0, 120)), AttentionRule(0.3))
     assert out.shape == (140, 2, 8)
     assert not out[120:].any()
     out.sum().backward()

@@ -15,6 +15,8 @@ from tunesmith.nn.projection import AdapterShape
 from tunesmith.spec.train import Lora
 
 PREFIX = "base_model.model."
+SCORE_MODULES = ["score"]
+"""What a reward model's adapter trains whole."""
 _NEUTRAL = {"bias": "none", "init_lora_weights": True, "use_rslora": True}
 """Values beside the empty ones that our layers honour."""
 _IGNORED = {
@@ -68,9 +70,13 @@ def plan_new(lora: Lora, folder: ModelFolder, modules: list[str], transposed: bo
     )
 
 
-def plan_known(folder: ModelFolder, modules: list[str]) -> AdapterPlan | None:
+def plan_known(
+    folder: ModelFolder, modules: list[str], *, is_scoring: bool = False
+) -> AdapterPlan | None:
     """Of an adapter that was trained before; None where it uses what our layers don't do."""
-    config = folder.adapter_config or {}
+    config = dict(folder.adapter_config or {})
+    if is_scoring and config.get("modules_to_save") == SCORE_MODULES:
+        del config["modules_to_save"]
     odd = [
         name
         for name, value in config.items()
@@ -97,12 +103,17 @@ def matching(modules: list[str], targets: Any) -> frozenset[str]:
     )
 
 
-def save_adapter(folder: Path, plan: AdapterPlan, weights: Mapping[str, Tensor]) -> None:
+def save_adapter(
+    folder: Path, plan: AdapterPlan, weights: Mapping[str, Tensor], *, is_scoring: bool = False
+) -> None:
     """adapter_config.json and adapter_model.safetensors, which PEFT loads."""
     from peft import LoraConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = LoraConfig(task_type="CAUSAL_LM", inference_mode=True, **plan.config)
+    task: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if is_scoring:
+        task = {"task_type": "SEQ_CLS", "modules_to_save": SCORE_MODULES}
+    config = LoraConfig(inference_mode=True, **task, **plan.config)
     config.save_pretrained(str(folder))
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"), {"format": "pt"})

@@ -8,7 +8,7 @@ Within a segment: L queries, the last ones of its S tokens.
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from tunesmith.nn.matmul import SHAPE_STEP, is_exact, is_onednn, product
 
 Bounds = tuple[int, ...]
 """Segment starts and the end: (0, 12, 40)."""
+Runs = tuple[tuple[int, int], ...]
+"""Rows, from one to before another, run after run."""
 
 _SHORT = 112
 """Tokens up to which a segment's heads are multiplied in one batched product."""
@@ -43,24 +45,37 @@ class AttentionRule:
     dropout: float = 0.0
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Which rows of a flat row belong together."""
+
+    bounds: Bounds
+    """Segment i sees its tokens bounds[i] to bounds[i + 1]."""
+    query_bounds: Bounds | None = None
+    """Where given, segment i has only its last few tokens as queries, in rows query_bounds[i] to
+    query_bounds[i + 1] of the queries."""
+    runs: Runs | None = None
+    """Where given, the rows of keys and values that the tokens are, in their order; a row can be
+    a token of several segments, as a prompt is that two answers go on from."""
+
+    @property
+    def queries(self) -> Bounds:
+        return self.query_bounds or self.bounds
+
+
 def attend(
-    q_HQD: Tensor,
-    k_KTD: Tensor,
-    v_KTD: Tensor,
-    bounds: Bounds,
-    rule: AttentionRule,
-    query_bounds: Bounds | None = None,
+    q_HQD: Tensor, k_KTD: Tensor, v_KTD: Tensor, segments: Segments, rule: AttentionRule
 ) -> Tensor:
     """Returns (Q, H, D).
 
-    `query_bounds`, where given, says that segment i has only its last few tokens as queries, in
-    rows query_bounds[i] to query_bounds[i + 1] of `q_HQD`. Rows after the last segment are spare:
-    nothing is read from them, and what comes out there is 0.
+    Rows after the last segment are spare: nothing is read from them, and what comes out there is 0.
     """
-    query_bounds = query_bounds or bounds
     if _is_plain(q_HQD, v_KTD, rule):
-        out: Tensor = _Attend.apply(q_HQD, k_KTD, v_KTD, bounds, query_bounds, rule)  # type: ignore[no-untyped-call]
+        out: Tensor = _Attend.apply(q_HQD, k_KTD, v_KTD, segments, rule)  # type: ignore[no-untyped-call]
         return out
+    bounds, query_bounds = segments.bounds, segments.queries
+    if segments.runs is not None:
+        k_KTD, v_KTD = (_Spread.apply(x, segments.runs) for x in (k_KTD, v_KTD))  # type: ignore[no-untyped-call]
     has_extras = rule.softcap is not None or rule.dropout > 0
     if not has_extras and varlen.is_served(q_HQD, v_KTD):
         out_QHD = varlen.attend_varlen(
@@ -184,13 +199,42 @@ _ROOM = 2 * SHAPE_STEP
 """Zero rows after the last token, so that the last segment's slices can reach beyond it."""
 
 
-def _with_room(x_HTD: Tensor, scale: float = 1.0) -> Tensor:
-    """A contiguous copy times `scale`, with room after it."""
+def _with_room(x_HTD: Tensor, scale: float = 1.0, runs: Runs | None = None) -> Tensor:
+    """A contiguous copy of all rows, or of `runs`, times `scale`, with room after it."""
     heads, tokens, size = x_HTD.shape
-    out = x_HTD.new_empty(heads, tokens + _ROOM, size)
-    out[:, tokens:] = 0
-    torch.mul(x_HTD, scale, out=out[:, :tokens])
+    runs = runs or ((0, tokens),)
+    total = sum(end - start for start, end in runs)
+    out = x_HTD.new_empty(heads, total + _ROOM, size)
+    out[:, total:] = 0
+    for place, (start, end) in zip(_starts(runs), runs, strict=True):
+        torch.mul(x_HTD[:, start:end], scale, out=out[:, place : place + end - start])
     return out
+
+
+def _starts(runs: Runs) -> Iterator[int]:
+    return accumulate((end - start for start, end in runs[:-1]), initial=0)
+
+
+def _folded(x_HSD: Tensor, runs: Runs, tokens: int) -> Tensor:
+    """The adjoint of laying out `runs`: each of T rows gets the sum of what it became."""
+    out_HTD = x_HSD.new_zeros(x_HSD.shape[0], tokens, x_HSD.shape[2])
+    for place, (start, end) in zip(_starts(runs), runs, strict=True):
+        out_HTD[:, start:end] += x_HSD[:, place : place + end - start]
+    return out_HTD
+
+
+class _Spread(torch.autograd.Function):
+    """Rows laid out run after run, for torch's own kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x_HTD: Tensor, runs: Runs) -> Tensor:
+        ctx.runs, ctx.tokens = runs, x_HTD.shape[1]
+        return torch.cat([x_HTD[:, start:end] for start, end in runs], 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_HSD: Tensor) -> tuple[Tensor, None]:
+        return _folded(grad_HSD, ctx.runs, ctx.tokens), None
 
 
 class _Attend(torch.autograd.Function):
@@ -202,14 +246,14 @@ class _Attend(torch.autograd.Function):
         q_HQD: Tensor,
         k_KTD: Tensor,
         v_KTD: Tensor,
-        bounds: Bounds,
-        query_bounds: Bounds,
+        segments: Segments,
         rule: AttentionRule,
     ) -> Tensor:
+        ctx.runs, ctx.tokens = segments.runs, k_KTD.shape[1]
         q_HQD = _with_room(q_HQD, rule.scale)
-        k_KTD, v_KTD = _with_room(k_KTD), _with_room(v_KTD)
+        k_KTD, v_KTD = (_with_room(x, runs=segments.runs) for x in (k_KTD, v_KTD))
         out_QHD = q_HQD.new_zeros(q_HQD.shape[1] - _ROOM, q_HQD.shape[0], q_HQD.shape[2])
-        ctx.places = _places(bounds, query_bounds, rule.window, is_onednn(q_HQD))
+        ctx.places = _places(segments.bounds, segments.queries, rule.window, is_onednn(q_HQD))
         kept: list[Tensor] = []
         ctx.kept_up_to = []
         for place in ctx.places:
@@ -236,8 +280,11 @@ class _Attend(torch.autograd.Function):
             out = _Cut(grad_q[:, place.q], grad_k[:, place.kv], grad_v[:, place.kv])
             grad_HLD = grad_HQD[:, place.q]
             _way(place).backward(grad_HLD, cut, kept[start:end], place, ctx.window, out)
-        grads = (grad_q[:, :-_ROOM].mul_(ctx.scale), grad_k[:, :-_ROOM], grad_v[:, :-_ROOM])
-        return (*grads, None, None, None)
+        grad_k, grad_v = (
+            x[:, :-_ROOM] if ctx.runs is None else _folded(x, ctx.runs, ctx.tokens)
+            for x in (grad_k, grad_v)
+        )
+        return grad_q[:, :-_ROOM].mul_(ctx.scale), grad_k, grad_v, None, None
 
 
 @dataclass(frozen=True)

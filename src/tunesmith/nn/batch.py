@@ -7,6 +7,8 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
+from tunesmith.nn.attention import Runs, Segments
+
 Sample = tuple[Sequence[int], Sequence[bool]]
 """Token ids, and for each whether it is a label, that is, predicted from the one before it."""
 
@@ -17,6 +19,8 @@ class FlatBatch:
 
     `bounds` holds the samples' starts and the end: (0, 12, 40) is a sample of 12 and one of 28.
     The hidden state of row `rows_R[r]` predicts `targets_R[r]`; only labels are there.
+    Where a sample goes on from tokens that stand in another, `runs` and `key_bounds` say what it
+    sees: see `Segments`.
     """
 
     ids_T: Tensor
@@ -24,6 +28,14 @@ class FlatBatch:
     bounds: tuple[int, ...]
     rows_R: Tensor
     targets_R: Tensor
+    key_bounds: tuple[int, ...] | None = None
+    runs: Runs | None = None
+
+    @property
+    def segments(self) -> Segments:
+        if self.runs is None or self.key_bounds is None:
+            return Segments(self.bounds)
+        return Segments(self.key_bounds, self.bounds, self.runs)
 
     def __len__(self) -> int:
         return self.bounds[-1]

@@ -1,9 +1,10 @@
-"""Loss of the label rows, with only a chunk of logits alive at a time.
+"""Loss of the label rows, or each one's log-probability, with a chunk of logits alive at a time.
 
 R label rows, H hidden size, V vocabulary entries. The gradient of cross-entropy with respect to the
 logits is softmax minus one-hot, so it is taken in the forward pass while a chunk is at hand.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -76,3 +77,91 @@ def _loss_then_gradient_(logits_CV: Tensor, targets_C1: Tensor) -> Tensor:
     logits_CV.sub_(normaliser_C1).exp_()
     logits_CV.scatter_add_(1, targets_C1, torch.full_like(highest_C1, -1.0))
     return loss
+
+
+def linear_log_probs(
+    hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, bias_V: Tensor | None = None
+) -> Tensor:
+    """log softmax(hidden @ weight.T + bias)[target] of each row: (R,) in fp32.
+
+    Differentiable once, with respect to hidden, weight and bias. How much each row weighs is known
+    in the backward pass only, so the logits are worked out again there for weight and bias.
+    """
+    found: Tensor = _LinearLogProbs.apply(hidden_RH, weight_VH, targets_R, bias_V)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, bias_V: Tensor | None
+    ) -> Tensor:
+        needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden_RH) if needs_hidden else None
+        found_R = torch.empty(hidden_RH.shape[0], dtype=torch.float32, device=hidden_RH.device)
+        normaliser_R1 = torch.empty_like(found_R)[:, None]
+        for rows in _chunks(hidden_RH.shape[0], weight_VH.shape[0]):
+            logits_CV = _logits(hidden_RH[rows], weight_VH, bias_V)
+            normaliser_R1[rows] = logits_CV.logsumexp(1, keepdim=True)
+            target_C1 = logits_CV.gather(1, targets_R[rows, None])
+            found_R[rows] = (target_C1 - normaliser_R1[rows])[:, 0]
+            if grad_hidden is not None:
+                _log_prob_gradient_(logits_CV, normaliser_R1[rows], targets_R[rows, None])
+                grad_hidden[rows] = product(logits_CV.to(weight_VH.dtype), weight_VH.t())
+        again = (hidden_RH, weight_VH, targets_R, bias_V, normaliser_R1)
+        ctx.save_for_backward(grad_hidden, *(again if needs_weight or needs_bias else ()))
+        return found_R
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, *again = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_R[:, None].to(grad_hidden.dtype)
+        grad_weight, grad_bias = _head_gradients(ctx, grad_R, *again) if again else (None, None)
+        return grad_hidden, grad_weight, None, grad_bias
+
+
+def _head_gradients(
+    ctx: Any,
+    grad_R: Tensor,
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    targets_R: Tensor,
+    bias_V: Tensor | None,
+    normaliser_R1: Tensor,
+) -> tuple[Tensor | None, Tensor | None]:
+    _, needs_weight, _, needs_bias = ctx.needs_input_grad
+    grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
+    grad_bias = None
+    if needs_bias and bias_V is not None:
+        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32)
+    for rows in _chunks(hidden_RH.shape[0], weight_VH.shape[0]):
+        logits_CV = _logits(hidden_RH[rows], weight_VH, bias_V)
+        _log_prob_gradient_(logits_CV, normaliser_R1[rows], targets_R[rows, None])
+        logits_CV *= grad_R[rows, None]
+        if grad_weight is not None:
+            grad_weight += product(logits_CV.t(), hidden_RH[rows].t().float())
+        if grad_bias is not None:
+            grad_bias += logits_CV.sum(0)
+    dtype = weight_VH.dtype
+    return (
+        None if grad_weight is None else grad_weight.to(dtype),
+        None if grad_bias is None else grad_bias.to(dtype),
+    )
+
+
+def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
+    size = max(16, CHUNK_LOGITS // vocabulary)
+    return (slice(start, start + size) for start in range(0, rows, size))
+
+
+def _logits(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    logits_CV = product(hidden_CH, weight_VH).float()
+    return logits_CV if bias_V is None else logits_CV.add_(bias_V)
+
+
+def _log_prob_gradient_(logits_CV: Tensor, normaliser_C1: Tensor, targets_C1: Tensor) -> None:
+    """Afterwards `logits_CV` holds d log-probability / d logits: one-hot minus softmax."""
+    logits_CV.sub_(normaliser_C1).exp_().neg_()
+    logits_CV.scatter_add_(1, targets_C1, torch.ones_like(normaliser_C1))

@@ -4,14 +4,14 @@ T tokens, H hidden size, D head size, K rows kept in the last layer, R label row
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.nn.attention import AttentionRule, Bounds, attend
+from tunesmith.nn.attention import AttentionRule, Segments, attend
 from tunesmith.nn.batch import FlatBatch
 from tunesmith.nn.kernels import EAGER
 from tunesmith.nn.matmul import SHAPE_STEP
@@ -86,24 +86,33 @@ class Gpt2Stack:
     def projections(self) -> list[Projection]:
         return [one for layer in self.layers for one in layer.projections]
 
+    def stop_dropout(self) -> None:
+        self._rates = (0.0, 0.0, 0.0)
+
     def hidden_rows(self, batch: FlatBatch, is_training: bool) -> Tensor:
         """Of a batch whose `bounds` may end before its last rows: those are spare."""
         x_TH = F.embedding(batch.ids_T, self._embedding_VH)
         x_TH = x_TH + F.embedding(batch.positions_T, self._positions_PH)
         x_TH = F.dropout(x_TH, self._rates[0], is_training)
+        segments = batch.segments
         for layer in self.layers[:-1]:
             if self.should_checkpoint and is_training:
                 x_TH = checkpoint(
-                    self._forward, layer, x_TH, batch.bounds, None, is_training, use_reentrant=False
+                    self._forward, layer, x_TH, segments, None, is_training, use_reentrant=False
                 )
             else:
-                x_TH = self._forward(layer, x_TH, batch.bounds, None, is_training)
+                x_TH = self._forward(layer, x_TH, segments, None, is_training)
         rows = last_rows(batch, SHAPE_STEP)
-        x_KH = self._forward(self.layers[-1], x_TH, batch.bounds, rows, is_training)
+        x_KH = self._forward(self.layers[-1], x_TH, segments, rows, is_training)
         return self._norm(x_KH.index_select(0, rows.labels_R))
 
     def _forward(
-        self, layer: Layer, x_TH: Tensor, bounds: Bounds, rows: LastRows | None, is_training: bool
+        self,
+        layer: Layer,
+        x_TH: Tensor,
+        segments: Segments,
+        rows: LastRows | None,
+        is_training: bool,
     ) -> Tensor:
         """With `rows`, only the rows kept come out."""
         qkv_T3H = layer.qkv(layer.norm(x_TH), is_training=is_training)
@@ -113,9 +122,10 @@ class Gpt2Stack:
         )
         if rows is not None:
             x_TH, q_HTD = x_TH.index_select(0, rows.kept_K), q_HTD.index_select(1, rows.kept_K)
+            segments = replace(segments, query_bounds=rows.bounds)
         dropout = self._rates[2] if is_training else 0.0
         rule = AttentionRule(q_HTD.shape[-1] ** -0.5, dropout=dropout)
-        mixed_THD = attend(q_HTD, k_HTD, v_HTD, bounds, rule, rows.bounds if rows else None)
+        mixed_THD = attend(q_HTD, k_HTD, v_HTD, segments, rule)
         x_TH = self._add(layer.out, mixed_THD.flatten(1), x_TH, is_training)
         inner_TI = layer.up(layer.inner_norm(x_TH), is_training=is_training)
         inner_TI = F.gelu(inner_TI, approximate=self._approximation)

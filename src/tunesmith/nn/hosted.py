@@ -5,7 +5,7 @@ whether samples can be joined to one row (else they are padded, side by side), a
 are nothing but a product with the head's weight (else its own forward makes them).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from tunesmith.nn.batch import FlatBatch, flatten
-from tunesmith.nn.cross_entropy import linear_cross_entropy_sum
+from tunesmith.nn.cross_entropy import linear_cross_entropy_sum, linear_log_probs
 from tunesmith.nn.registered import ATTENTION, AttentionNotServed
 
 
@@ -29,13 +29,13 @@ class Ways:
     is_flat: bool
     """Samples joined to one row; else padded."""
     has_plain_head: bool
-    """Logits are hidden @ weight.T + bias."""
+    """What comes out is hidden @ weight.T + bias."""
     attention: str
     """The implementation for padded rows."""
 
 
-class HostedModel:
-    """A transformers model, with or without PEFT around it. See `LanguageModel`."""
+class HostedDecoder:
+    """A transformers model, with or without PEFT around it, whatever it puts out. See `Model`."""
 
     is_lean = False
 
@@ -62,12 +62,9 @@ class HostedModel:
     def _outer(self) -> Any:
         return self._model if self._peft is None else self._peft
 
-    def loss_sum(self, batch: FlatBatch) -> Tensor:
-        with self._precision():
-            if self._ways.has_plain_head:
-                return self._loss_of(self._hidden_rows(batch), batch.targets_R)
-            logits_RV = self._logit_rows(batch)
-        return F.cross_entropy(logits_RV.float(), batch.targets_R, reduction="sum")
+    @property
+    def can_share_prompts(self) -> bool:
+        return self._ways.is_flat
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self._trainable)
@@ -104,19 +101,48 @@ class HostedModel:
             return nullcontext()
         return torch.autocast(self._model.device.type, self._autocast_dtype)
 
-    def _loss_of(self, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
-        head = self._model.get_output_embeddings()
-        dtype = self._autocast_dtype or head.weight.dtype
-        with torch.autocast(hidden_RH.device.type, enabled=False):
-            return linear_cross_entropy_sum(
-                hidden_RH.to(dtype), head.weight.to(dtype), targets_R, head.bias
-            )
-
     def _hidden_rows(self, batch: FlatBatch) -> Tensor:
         return run_rows(self._model.base_model, batch, self._ways.is_flat)
 
+
+class HostedModel(HostedDecoder):
+    """See `LanguageModel`."""
+
+    def loss_sum(self, batch: FlatBatch) -> Tensor:
+        with self._precision():
+            if self._ways.has_plain_head:
+                hidden_RH = self._hidden_rows(batch)
+                return self._with_head(linear_cross_entropy_sum, hidden_RH, batch.targets_R)
+            logits_RV = self._logit_rows(batch)
+        return F.cross_entropy(logits_RV.float(), batch.targets_R, reduction="sum")
+
+    def log_probs(self, batch: FlatBatch) -> Tensor:
+        with self._precision():
+            if self._ways.has_plain_head:
+                return self._with_head(linear_log_probs, self._hidden_rows(batch), batch.targets_R)
+            logits_RV = self._logit_rows(batch)
+        return -F.cross_entropy(logits_RV.float(), batch.targets_R, reduction="none")
+
+    def _with_head(
+        self, function: Callable[..., Tensor], hidden_RH: Tensor, targets_R: Tensor
+    ) -> Tensor:
+        """A function of hidden states, the head's weight, targets and the head's bias."""
+        head = self._model.get_output_embeddings()
+        dtype = self._autocast_dtype or head.weight.dtype
+        with torch.autocast(hidden_RH.device.type, enabled=False):
+            return function(hidden_RH.to(dtype), head.weight.to(dtype), targets_R, head.bias)
+
     def _logit_rows(self, batch: FlatBatch) -> Tensor:
         return run_rows(self._model, batch, self._ways.is_flat)
+
+
+class HostedScorer(HostedDecoder):
+    """See `ScoringModel`."""
+
+    def scores(self, batch: FlatBatch) -> Tensor:
+        with self._precision():
+            score_R1 = self._model.score(self._hidden_rows(batch))
+        return cast(Tensor, score_R1.float()[:, 0])
 
 
 def run_rows(module: Any, batch: FlatBatch, is_flat: bool) -> Tensor:
@@ -125,7 +151,7 @@ def run_rows(module: Any, batch: FlatBatch, is_flat: bool) -> Tensor:
         out = module(
             input_ids=batch.ids_T[None],
             position_ids=batch.positions_T[None],
-            segment_bounds=batch.bounds,
+            flat_segments=batch.segments,
             use_cache=False,
         )
         return cast(Tensor, out[0][0, batch.rows_R])
@@ -137,25 +163,30 @@ def run_rows(module: Any, batch: FlatBatch, is_flat: bool) -> Tensor:
     return cast(Tensor, out[0][is_token_BL][batch.rows_R])
 
 
-def find_ways(model: Any) -> Ways:
-    """Run two short segments apart and joined, and see what comes out the same. Sets `model` up."""
+def find_ways(model: Any, part: Any = None) -> Ways:
+    """Run two short segments apart and joined, and see what comes out the same. Sets `model` up.
+
+    `part`, where given, is what of it makes the hidden states, looked at in place of the logits.
+    """
+    module = model if part is None else part
     model.eval()
     attention = model.config._attn_implementation
     batch = _probe(int(model.get_input_embeddings().weight.shape[0]), model.device)
     with torch.no_grad():
-        apart_RV = torch.cat([run_rows(model, one, is_flat=False) for one in batch[1:]])
-        is_flat = _is_same_when_joined(model, batch[0], apart_RV)
+        apart_RV = torch.cat([run_rows(module, one, is_flat=False) for one in batch[1:]])
+        is_flat = _is_same_when_joined(model, module, batch[0], apart_RV)
         if not is_flat:
             model.set_attn_implementation(attention)
-        return Ways(is_flat, _has_plain_head(model, batch[0], apart_RV, is_flat), attention)
+        has_head = part is not None or _has_plain_head(model, batch[0], apart_RV, is_flat)
+        return Ways(is_flat, has_head, attention)
 
 
-def _is_same_when_joined(model: Any, batch: FlatBatch, apart_RV: Tensor) -> bool:
+def _is_same_when_joined(model: Any, module: Any, batch: FlatBatch, apart_RV: Tensor) -> bool:
     if not type(model)._supports_attention_backend and not model._can_set_attn_implementation():
         return False
     try:
         model.set_attn_implementation(ATTENTION)
-        joined_RV = run_rows(model, batch, is_flat=True)
+        joined_RV = run_rows(module, batch, is_flat=True)
     except (AttentionNotServed, TypeError, ValueError, RuntimeError):
         return False
     return is_close(joined_RV, apart_RV)

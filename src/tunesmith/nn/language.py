@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from tunesmith.nn.batch import FlatBatch
 from tunesmith.nn.folder import open_folder
-from tunesmith.nn.lean import open_lean
+from tunesmith.nn.lean import open_lean, open_lean_scorer
 from tunesmith.nn.memory import keep_freed_memory
-from tunesmith.nn.opening import Opening, check_opening, open_hosted
+from tunesmith.nn.opening import Opening, check_opening, open_hosted, open_hosted_scorer
 from tunesmith.spec.train import Lora
 
 
-class LanguageModel(Protocol):
-    """What a training loop needs, whatever the architecture."""
+class Model(Protocol):
+    """What a training loop needs, whatever the architecture and whatever it puts out."""
 
     context_length: int
     """Tokens."""
@@ -25,8 +25,9 @@ class LanguageModel(Protocol):
     """Whether the forward pass is our own."""
     parameters_total: int
 
-    def loss_sum(self, batch: FlatBatch) -> Tensor:
-        """The sum, in fp32, of the label losses of the batch; differentiable."""
+    @property
+    def can_share_prompts(self) -> bool:
+        """Whether a batch may have `runs`: see `nn.forks`."""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Always in the same order."""
@@ -50,6 +51,23 @@ class LanguageModel(Protocol):
         """Dropout off."""
 
 
+class LanguageModel(Model, Protocol):
+    """One that predicts tokens."""
+
+    def loss_sum(self, batch: FlatBatch) -> Tensor:
+        """The sum, in fp32, of the label losses of the batch; differentiable."""
+
+    def log_probs(self, batch: FlatBatch) -> Tensor:
+        """The log-probability, in fp32, of each label (R,); differentiable. R is above 0."""
+
+
+class ScoringModel(Model, Protocol):
+    """One that gives a number."""
+
+    def scores(self, batch: FlatBatch) -> Tensor:
+        """Of each of the batch's rows (R,), in fp32; differentiable. Targets are not looked at."""
+
+
 def open_model(
     folder: str,
     *,
@@ -61,12 +79,14 @@ def open_model(
     gradient_checkpointing: bool = False,
     quantization: Literal["4bit", "8bit"] | None = None,
     from_scratch: bool = False,
+    has_dropout: bool = True,
 ) -> LanguageModel:
     """Open a model folder, or an adapter's, for training; it comes back with dropout on.
 
     An adapter's folder with `lora` given goes on training that adapter, whose own rank and targets
     hold; with `lora` None it is merged into its base and every weight is trained. `from_scratch`
-    takes the config only, and draws weights from `seed`. `compile` concerns our own forward pass
+    takes the config only, and draws weights from `seed`. Without `has_dropout` there is none,
+    whatever the config and the adapter say. `compile` concerns our own forward pass
     alone: seconds of CPU at the start, for a few percent of each step.
     Raises JobFailure(USER_ERROR).
     """
@@ -79,9 +99,28 @@ def open_model(
         gradient_checkpointing=gradient_checkpointing,
         quantization=quantization,
         from_scratch=from_scratch,
+        has_dropout=has_dropout,
     )
-    found = open_folder(folder, needs_weights=not from_scratch)
+    return open_with(folder, opening)
+
+
+def open_with(folder: str, opening: Opening) -> LanguageModel:
+    """`open_model`, with what it is told as one."""
+    found = open_folder(folder, needs_weights=not opening.from_scratch)
     check_opening(found, opening)
-    if device == "cpu":
+    if opening.device == "cpu":
         keep_freed_memory()
     return open_lean(found, opening) or open_hosted(found, opening)
+
+
+def open_scorer(folder: str, opening: Opening) -> ScoringModel:
+    """Open a folder as `open_model` does, with a head that gives one number in place of its own.
+
+    The head is the folder's where that is a reward model's, else a new one drawn from the seed; it
+    is trained whole also where the rest has adapters. Raises JobFailure(USER_ERROR).
+    """
+    found = open_folder(folder)
+    check_opening(found, opening, is_scoring=True)
+    if opening.device == "cpu":
+        keep_freed_memory()
+    return open_lean_scorer(found, opening) or open_hosted_scorer(found, opening)

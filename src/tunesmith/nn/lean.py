@@ -4,12 +4,13 @@ The weights come and go under transformers' names, bit for bit; adapters under P
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.nn import gpt2, llama
@@ -23,16 +24,16 @@ from tunesmith.nn.adapters import (
     save_adapter,
 )
 from tunesmith.nn.batch import FlatBatch
-from tunesmith.nn.cross_entropy import linear_cross_entropy_sum
+from tunesmith.nn.cross_entropy import linear_cross_entropy_sum, linear_log_probs
 from tunesmith.nn.folder import ModelFolder
 from tunesmith.nn.hosted import context_length
 from tunesmith.nn.kernels import Kernels, compiled
 from tunesmith.nn.matmul import SHAPE_STEP, is_onednn
-from tunesmith.nn.opening import Opening, load_config, new_model
+from tunesmith.nn.opening import Opening, load_config, new_model, pad_of
 from tunesmith.nn.projection import Projection
 from tunesmith.nn.weights import read_file, read_tensors, write_tensors
 
-HEAD = "lm_head.weight"
+HEAD, SCORE = "lm_head.weight", "score.weight"
 
 
 class Stack(Protocol):
@@ -47,26 +48,27 @@ class Stack(Protocol):
 
     def hidden_rows(self, batch: FlatBatch, is_training: bool) -> Tensor: ...
 
+    def stop_dropout(self) -> None: ...
 
-class LeanModel:
-    """See `LanguageModel`."""
+
+class LeanDecoder:
+    """All but what comes out. See `Model`."""
 
     is_lean = True
+    can_share_prompts = True
 
     def __init__(
-        self, config: Any, stack: Stack, head_VH: nn.Parameter | None, plan: AdapterPlan | None
+        self, config: Any, stack: Stack, head: Mapping[str, nn.Parameter], plan: AdapterPlan | None
     ) -> None:
-        """`plan` None trains every weight; else the stack's projections have its adapters."""
+        """`plan` None trains every weight; else the stack's projections have its adapters, and of
+        all other weights only a head that scores is trained."""
         self._config = config
         self._stack = stack
         self._plan = plan
         self._is_training = True
-        self._plain = dict(stack.plain)
-        if head_VH is not None:
-            self._plain[HEAD] = head_VH
-        for one in self._plain.values():
-            one.requires_grad_(plan is None)
-        self._head_VH = self._plain.get(HEAD, self._plain[stack.embedding_name])
+        self._plain = {**stack.plain, **head}
+        for name, one in self._plain.items():
+            one.requires_grad_(plan is None or name == SCORE)
         self.context_length = context_length(config)
         self.vocabulary_size = int(self._plain[stack.embedding_name].shape[0])
         self._trainable = self._find_trainable()
@@ -74,12 +76,9 @@ class LeanModel:
             one.numel() for name, one in self._trainable.items() if ".lora_" in name
         )
 
-    def loss_sum(self, batch: FlatBatch) -> Tensor:
-        if not batch.labels:
-            return self._head_VH.new_zeros(()).requires_grad_()
-        batch = _rounded(batch, is_onednn(self._head_VH))
-        hidden_RH = self._stack.hidden_rows(batch, self._is_training)
-        return linear_cross_entropy_sum(hidden_RH, self._head_VH, batch.targets_R)
+    @property
+    def _is_scoring(self) -> bool:
+        return SCORE in self._plain
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self._trainable)
@@ -95,16 +94,23 @@ class LeanModel:
 
     def save(self, folder: Path) -> None:
         if self._plan is not None:
-            save_adapter(folder, self._plan, self._adapters())
+            save_adapter(folder, self._plan, self._adapters(), is_scoring=self._is_scoring)
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._config.architectures = [_ARCHITECTURES[self._config.model_type]]
+        self._name_architecture()
         self._config.dtype = torch.float32
         self._config.save_pretrained(str(folder))
         write_tensors(folder, self._published())
         generation = Path(str(self._config.name_or_path)) / "generation_config.json"
         if generation.is_file():
             shutil.copyfile(generation, folder / generation.name)
+
+    def _name_architecture(self) -> None:
+        language, scoring = _ARCHITECTURES[self._config.model_type]
+        self._config.architectures = [scoring if self._is_scoring else language]
+        if self._is_scoring:
+            self._config.num_labels = 1
+            self._config.pad_token_id = pad_of(self._config)
 
     def train(self) -> None:
         self._is_training = True
@@ -132,13 +138,45 @@ class LeanModel:
         return found
 
 
+class LeanModel(LeanDecoder):
+    """See `LanguageModel`."""
+
+    def __init__(
+        self, config: Any, stack: Stack, head: Mapping[str, nn.Parameter], plan: AdapterPlan | None
+    ) -> None:
+        super().__init__(config, stack, head, plan)
+        self._head_VH = self._plain.get(HEAD, self._plain[stack.embedding_name])
+
+    def loss_sum(self, batch: FlatBatch) -> Tensor:
+        if not batch.labels:
+            return self._head_VH.new_zeros(()).requires_grad_()
+        batch = _rounded(batch, is_onednn(self._head_VH))
+        hidden_RH = self._stack.hidden_rows(batch, self._is_training)
+        return linear_cross_entropy_sum(hidden_RH, self._head_VH, batch.targets_R)
+
+    def log_probs(self, batch: FlatBatch) -> Tensor:
+        batch = _rounded(batch, is_onednn(self._head_VH))
+        hidden_RH = self._stack.hidden_rows(batch, self._is_training)
+        return linear_log_probs(hidden_RH, self._head_VH, batch.targets_R)
+
+
+class LeanScorer(LeanDecoder):
+    """See `ScoringModel`."""
+
+    def scores(self, batch: FlatBatch) -> Tensor:
+        score_1H = self._plain[SCORE]
+        batch = _rounded(batch, is_onednn(score_1H))
+        return F.linear(self._stack.hidden_rows(batch, self._is_training), score_1H)[:, 0]
+
+
 _ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
+    "llama": ("LlamaForCausalLM", "LlamaForSequenceClassification"),
+    "mistral": ("MistralForCausalLM", "MistralForSequenceClassification"),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
+    "gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
 }
+"""With a head for tokens, and with one that scores."""
 _NO_PROJECTION = {"lm_head", "embed_tokens", "wte", "wpe"}
 """Targets that only PEFT can put an adapter on."""
 
@@ -148,6 +186,26 @@ def open_lean(folder: ModelFolder, opening: Opening) -> LeanModel | None:
 
     Raises JobFailure(USER_ERROR).
     """
+    return _open(folder, opening, LeanModel, _token_head)
+
+
+def open_lean_scorer(folder: ModelFolder, opening: Opening) -> LeanScorer | None:
+    """As `open_lean`."""
+
+    def head(config: Any, state: Mapping[str, Tensor], _: str) -> dict[str, nn.Parameter] | None:
+        return {SCORE: nn.Parameter(state.get(SCORE, new_score(config, opening.seed)).float())}
+
+    return _open(folder, opening, LeanScorer, head)
+
+
+Decoder = TypeVar("Decoder", bound=LeanDecoder)
+FindHead = Callable[[Any, Mapping[str, Tensor], str], "dict[str, nn.Parameter] | None"]
+"""From the config, the weights and the embedding's name among them; None where there is none."""
+
+
+def _open(
+    folder: ModelFolder, opening: Opening, kind: type[Decoder], find_head: FindHead
+) -> Decoder | None:
     if opening.device != "cpu" or opening.precision != "fp32" or opening.quantization:
         return None
     config = load_config(folder)
@@ -155,24 +213,36 @@ def open_lean(folder: ModelFolder, opening: Opening) -> LeanModel | None:
     if family is None:
         return None
     modules = family.module_names(config)
-    plan = _plan(folder, opening, modules, is_transposed=family is gpt2)
+    is_scoring = issubclass(kind, LeanScorer)
+    plan = _plan(folder, opening, modules, is_transposed=family is gpt2, is_scoring=is_scoring)
     if plan is None and (folder.adapter is not None or opening.lora is not None):
         return None
-    built = _build(config, _state(config, folder, opening))
+    built = _build(config, _state(config, folder, opening), find_head)
     if built is None:
         return None
-    stack, head_VH = built
+    stack, head = built
     stack.should_checkpoint = opening.gradient_checkpointing
+    if not opening.has_dropout:
+        stack.stop_dropout()
     if opening.should_compile:
         stack.kernels = compiled()
-    return _with_adapters(config, stack, head_VH, plan, folder, opening)
+
+    def make(plan: AdapterPlan | None) -> Decoder:
+        return kind(config, stack, head, plan)
+
+    return make(None) if plan is None else _with_adapters(make, stack, plan, folder, opening)
 
 
 def _plan(
-    folder: ModelFolder, opening: Opening, modules: list[str], *, is_transposed: bool
+    folder: ModelFolder,
+    opening: Opening,
+    modules: list[str],
+    *,
+    is_transposed: bool,
+    is_scoring: bool,
 ) -> AdapterPlan | None:
     if folder.adapter is not None:
-        return plan_known(folder, modules)
+        return plan_known(folder, modules, is_scoring=is_scoring)
     lora = opening.lora
     if lora is None:
         return None
@@ -190,47 +260,71 @@ def _state(config: Any, folder: ModelFolder, opening: Opening) -> dict[str, Tens
     prefix = "transformer." if config.model_type == "gpt2" else "model."
     if any(name.startswith(prefix) for name in state):
         return state
-    return {name if name == HEAD else prefix + name: tensor for name, tensor in state.items()}
+    heads = {HEAD, SCORE}
+    return {name if name in heads else prefix + name: tensor for name, tensor in state.items()}
 
 
-def _build(config: Any, state: Mapping[str, Tensor]) -> tuple[Stack, nn.Parameter | None] | None:
+def _build(
+    config: Any, state: Mapping[str, Tensor], find_head: FindHead
+) -> tuple[Stack, dict[str, nn.Parameter]] | None:
     """None where the tensors are not the ones that the config's architecture has."""
     kind = gpt2.Gpt2Stack if config.model_type == "gpt2" else llama.LlamaStack
     try:
         stack = kind(config, state)
-        if config.tie_word_embeddings:
-            embedding = state[kind.embedding_name]
-            is_tied = torch.equal(state.get(HEAD, embedding), embedding)
-            return (stack, None) if is_tied else None
-        return stack, nn.Parameter(state[HEAD].float().clone())
+        head = find_head(config, state, kind.embedding_name)
     except KeyError:
         return None
+    return None if head is None else (stack, head)
+
+
+def _token_head(
+    config: Any, state: Mapping[str, Tensor], embedding_name: str
+) -> dict[str, nn.Parameter] | None:
+    """Empty where the embedding is the head."""
+    if not config.tie_word_embeddings:
+        return {HEAD: nn.Parameter(state[HEAD].float().clone())}
+    embedding = state[embedding_name]
+    return {} if torch.equal(state.get(HEAD, embedding), embedding) else None
+
+
+def new_score(config: Any, seed: int) -> Tensor:
+    """(1, H), as wide as transformers draws a new layer; the random state is left alone."""
+    dice = torch.Generator().manual_seed(seed)
+    width, spread = int(config.hidden_size), float(config.initializer_range)
+    return torch.randn(1, width, generator=dice) * spread
 
 
 def _with_adapters(
-    config: Any,
+    make: Callable[[AdapterPlan | None], Decoder],
     stack: Stack,
-    head_VH: nn.Parameter | None,
-    plan: AdapterPlan | None,
+    plan: AdapterPlan,
     folder: ModelFolder,
     opening: Opening,
-) -> LeanModel:
-    if plan is None:
-        return LeanModel(config, stack, head_VH, None)
+) -> Decoder:
+    shape = plan.shape if opening.has_dropout else replace(plan.shape, dropout=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(opening.seed)
         for projection in stack.projections:
-            projection.adapt(plan.modules, plan.shape)
-    model = LeanModel(config, stack, head_VH, plan)
+            projection.adapt(plan.modules, shape)
+    model = make(plan)
     if folder.adapter is not None:
-        found = read_file(folder.adapter / "adapter_model.safetensors")
-        check_fit(model.weights(), found, folder.given)
-        model.load_weights(found)
+        _load_adapter(model, folder)
     if opening.lora is not None:
         return model
     for projection in stack.projections:
         projection.merge()
-    return LeanModel(config, stack, head_VH, None)
+    return make(None)
+
+
+def _load_adapter(model: LeanDecoder, folder: ModelFolder) -> None:
+    """One that was made without a head that scores leaves the model's new one as it is."""
+    assert folder.adapter is not None
+    own, score = model.weights(), published_name(SCORE)
+    found = read_file(folder.adapter / "adapter_model.safetensors")
+    if score in own:
+        found = {score: own[score], **found}
+    check_fit(own, found, folder.given)
+    model.load_weights(found)
 
 
 def _rounded(batch: FlatBatch, is_useful: bool) -> FlatBatch:

@@ -4,7 +4,7 @@ T tokens, H hidden size, D head size, K rows kept in the last layer, R label row
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.nn.attention import AttentionRule, Bounds, attend
+from tunesmith.nn.attention import AttentionRule, Segments, attend
 from tunesmith.nn.batch import FlatBatch
 from tunesmith.nn.kernels import EAGER
 from tunesmith.nn.layers import rms_norm, split_heads, swiglu
@@ -126,25 +126,29 @@ class LlamaStack:
     def projections(self) -> list[Projection]:
         return [one for layer in self.layers for one in layer.projections]
 
+    def stop_dropout(self) -> None:
+        """There is none."""
+
     def hidden_rows(self, batch: FlatBatch, is_training: bool) -> Tensor:
         """Of a batch whose `bounds` may end before its last rows: those are spare."""
         x_TH = F.embedding(batch.ids_T, self._embedding_VH)
         cos_PD, sin_PD = self._tables(batch.positions_T)
         turn = Turn(cos_PD[batch.positions_T], sin_PD[batch.positions_T])
+        segments = batch.segments
         for layer in self.layers[:-1]:
             if self.should_checkpoint and is_training:
                 x_TH = checkpoint(
-                    self._forward, layer, x_TH, turn, batch.bounds, is_training, use_reentrant=False
+                    self._forward, layer, x_TH, turn, segments, is_training, use_reentrant=False
                 )
             else:
-                x_TH = self._forward(layer, x_TH, turn, batch.bounds, is_training)
+                x_TH = self._forward(layer, x_TH, turn, segments, is_training)
         rows = last_rows(batch, SHAPE_STEP)
-        x_KH = self._forward_last(self.layers[-1], x_TH, turn, batch.bounds, rows, is_training)
+        x_KH = self._forward_last(self.layers[-1], x_TH, turn, segments, rows, is_training)
         hidden_RH = x_KH.index_select(0, rows.labels_R)
         return rms_norm(hidden_RH, self._norm_H, self.shape.epsilon, self.kernels)
 
     def _forward(
-        self, layer: Layer, x_TH: Tensor, turn: Turn, bounds: Bounds, is_training: bool
+        self, layer: Layer, x_TH: Tensor, turn: Turn, segments: Segments, is_training: bool
     ) -> Tensor:
         shape = self.shape
         normed_TH = rms_norm(x_TH, layer.norm_H, shape.epsilon, self.kernels)
@@ -154,7 +158,7 @@ class LlamaStack:
             qkv_TN, turn.cos_TD, turn.sin_TD, (shape.heads + shape.kv_heads, shape.kv_heads)
         )
         q_HTD, k_KTD = turned.tensor_split([shape.heads])
-        mixed_THD = attend(q_HTD, k_KTD, v_KTD, bounds, layer.rule)
+        mixed_THD = attend(q_HTD, k_KTD, v_KTD, segments, layer.rule)
         x_TH = layer.out(mixed_THD.flatten(1), x_TH, is_training=is_training)
         return self._inner(layer, x_TH, is_training)
 
@@ -163,7 +167,7 @@ class LlamaStack:
         layer: Layer,
         x_TH: Tensor,
         turn: Turn,
-        bounds: Bounds,
+        segments: Segments,
         rows: LastRows,
         is_training: bool,
     ) -> Tensor:
@@ -177,7 +181,8 @@ class LlamaStack:
         cos_TD, sin_TD = turn.cos_TD, turn.sin_TD
         q_HKD, _ = split_heads(q_KN, cos_TD[kept_K], sin_TD[kept_K], (shape.heads, 0))
         k_KTD, v_KTD = split_heads(kv_TN, cos_TD, sin_TD, (shape.kv_heads, shape.kv_heads))
-        mixed_KHD = attend(q_HKD, k_KTD, v_KTD, bounds, layer.rule, rows.bounds)
+        segments = replace(segments, query_bounds=rows.bounds)
+        mixed_KHD = attend(q_HKD, k_KTD, v_KTD, segments, layer.rule)
         x_KH = x_TH.index_select(0, kept_K)
         x_KH = layer.out(mixed_KHD.flatten(1), x_KH, is_training=is_training)
         return self._inner(layer, x_KH, is_training)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from tunesmith.nn.folder import ModelFolder, listed, refuse
-from tunesmith.nn.hosted import HostedModel, find_ways
+from tunesmith.nn.hosted import HostedModel, HostedScorer, find_ways
 from tunesmith.spec.train import Lora
 
 
@@ -23,30 +23,65 @@ class Opening:
     gradient_checkpointing: bool = False
     quantization: Literal["4bit", "8bit"] | None = None
     from_scratch: bool = False
+    has_dropout: bool = True
 
 
 def open_hosted(folder: ModelFolder, opening: Opening) -> HostedModel:
     """Load with transformers and PEFT. Raises JobFailure(USER_ERROR)."""
     model = _load(folder, opening)
     ways = find_ways(model)
-    adapter = None
-    if folder.adapter is not None:
-        adapter = _with_known_adapter(model, folder, is_trainable=opening.lora is not None)
-    elif opening.lora is not None:
-        adapter = _with_new_adapter(model, folder, opening)
-    if opening.lora is None:
-        model = model if adapter is None else adapter.merge_and_unload()
-        model.requires_grad_(True)
-        adapter = None
-    if opening.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model, adapter = _set_up(model, folder, opening, "CAUSAL_LM")
     dtype = torch.bfloat16 if opening.precision == "bf16" else None
     hosted = HostedModel(model, ways, autocast_dtype=dtype, adapter=adapter)
     hosted.train()
     return hosted
 
 
-def check_opening(folder: ModelFolder, opening: Opening) -> None:
+def open_hosted_scorer(folder: ModelFolder, opening: Opening) -> HostedScorer:
+    """The same with one number for a head. Raises JobFailure(USER_ERROR)."""
+    model = _load_scorer(folder, opening)
+    ways = find_ways(model, model.base_model)
+    model, adapter = _set_up(model, folder, opening, "SEQ_CLS")
+    dtype = torch.bfloat16 if opening.precision == "bf16" else None
+    hosted = HostedScorer(model, ways, autocast_dtype=dtype, adapter=adapter)
+    hosted.train()
+    return hosted
+
+
+def _set_up(model: Any, folder: ModelFolder, opening: Opening, task: str) -> tuple[Any, Any]:
+    """The model that is trained, and PEFT's around it where there is one."""
+    adapter = None
+    if folder.adapter is not None:
+        adapter = _with_known_adapter(model, folder, is_trainable=opening.lora is not None)
+    elif opening.lora is not None:
+        adapter = _with_new_adapter(model, folder, opening, task)
+    if opening.lora is None:
+        model = model if adapter is None else adapter.merge_and_unload()
+        model.requires_grad_(True)
+        adapter = None
+    if opening.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not opening.has_dropout:
+        _stop_dropout(model)
+    return model, adapter
+
+
+def _stop_dropout(model: torch.nn.Module) -> None:
+    """In its layers, in the adapters among them, and where attention is told of it."""
+    for one in model.modules():
+        if isinstance(one, torch.nn.Dropout):
+            one.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(one, name, None), float):
+                setattr(one, name, 0.0)
+
+
+def check_opening(folder: ModelFolder, opening: Opening, *, is_scoring: bool = False) -> None:
+    if is_reward_model(folder) and not is_scoring:
+        raise refuse(
+            f"{folder.given} is a reward model: it gives scores and no tokens",
+            "give the model that it was made from, or train it further with method: reward",
+        )
     if opening.precision == "fp16":
         raise refuse("fp16 needs loss scaling, which is not offered", "ask for bf16 or fp32")
     if opening.quantization is not None and not opening.device.startswith("cuda"):
@@ -58,6 +93,13 @@ def check_opening(folder: ModelFolder, opening: Opening) -> None:
         raise refuse("quantized weights cannot be trained themselves", "ask for LoRA with it")
     if opening.from_scratch and (opening.lora is not None or folder.adapter is not None):
         raise refuse("from_scratch trains every weight of a new model: no adapter goes with it")
+
+
+def is_reward_model(folder: ModelFolder) -> bool:
+    """Full weights, or an adapter, that were saved with a head that scores."""
+    named = folder.config.get("architectures") or []
+    is_full = any(str(one).endswith("ForSequenceClassification") for one in named)
+    return is_full or (folder.adapter_config or {}).get("task_type") == "SEQ_CLS"
 
 
 def load_config(folder: ModelFolder) -> Any:
@@ -101,6 +143,43 @@ def _load(folder: ModelFolder, opening: Opening) -> Any:
         raise refuse(f"{folder.base_given}: transformers cannot load it: {error}") from error
 
 
+def _load_scorer(folder: ModelFolder, opening: Opening) -> Any:
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(opening.seed)
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder.base,
+                num_labels=1,
+                dtype=_dtype(opening),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                quantization_config=_quantization(opening),
+                device_map={"": opening.device} if opening.quantization else None,
+            )
+        except (ValueError, OSError, KeyError) as error:
+            raise refuse(f"{folder.base_given}: no reward model can be made: {error}") from error
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise refuse(
+            f"{folder.base_given}: its architecture has no head `score` to train",
+            "use a decoder such as Llama, Mistral, Qwen, Gemma or GPT-2",
+        )
+    model.config.pad_token_id = pad_of(model.config)
+    return model if opening.quantization else model.to(opening.device)
+
+
+def pad_of(config: Any) -> int | None:
+    """What plain transformers may take for padding; not what ends a text: it would score before."""
+    text = config.get_text_config()
+    end = text.eos_token_id
+    ends = end if isinstance(end, list) else [end]
+    return None if text.pad_token_id in ends else text.pad_token_id
+
+
 def _dtype(opening: Opening) -> torch.dtype:
     """Weights that are trained stay in fp32; frozen ones may be halved."""
     is_halved = opening.lora is not None and opening.precision == "bf16"
@@ -137,7 +216,7 @@ def _with_known_adapter(model: Any, folder: ModelFolder, *, is_trainable: bool) 
         raise refuse(f"{folder.given}: the adapter does not fit its base model: {error}") from error
 
 
-def _with_new_adapter(model: Any, folder: ModelFolder, opening: Opening) -> Any:
+def _with_new_adapter(model: Any, folder: ModelFolder, opening: Opening, task: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     lora = opening.lora
@@ -148,7 +227,8 @@ def _with_new_adapter(model: Any, folder: ModelFolder, opening: Opening) -> Any:
         lora_dropout=lora.dropout,
         target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
         fan_in_fan_out=_has_transposed_layers(model),
-        task_type="CAUSAL_LM",
+        task_type=task,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
         base_model_name_or_path=folder.base_given,
     )
     model.name_or_path = folder.base_given

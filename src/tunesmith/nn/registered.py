@@ -1,6 +1,6 @@
 """Our attention inside every transformers model: registered there under `ATTENTION`.
 
-A model set to it gets a flat row (1, T), positions that restart, and `segment_bounds` as a keyword
+A model set to it gets a flat row (1, T), positions that restart, and `flat_segments` as a keyword
 that transformers hands through to each layer's attention.
 """
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from tunesmith.nn.attention import AttentionRule, Bounds, attend
+from tunesmith.nn.attention import AttentionRule, Segments, attend
 
 ATTENTION = "tunesmith_segments"
 
@@ -29,7 +29,7 @@ def _attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    segment_bounds: Bounds | None = None,
+    flat_segments: Segments | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -38,15 +38,15 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query (1, heads, T, D), key and value (1, kv heads, T, D) → (1, T, heads, D)."""
-    _check(module, query, key, attention_mask, segment_bounds, is_causal, kwargs)
-    assert segment_bounds is not None
+    _check(module, query, key, attention_mask, flat_segments, is_causal, kwargs)
+    assert flat_segments is not None
     rule = AttentionRule(
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         window=sliding_window,
         softcap=softcap,
         dropout=dropout,
     )
-    return attend(query[0], key[0], value[0], segment_bounds, rule)[None].contiguous(), None
+    return attend(query[0], key[0], value[0], flat_segments, rule)[None].contiguous(), None
 
 
 def _check(
@@ -54,17 +54,18 @@ def _check(
     query: Tensor,
     key: Tensor,
     mask: Tensor | None,
-    bounds: Bounds | None,
+    segments: Segments | None,
     is_causal: bool | None,
     rest: dict[str, Any],
 ) -> None:
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     odd = [name for name in _REFUSED if rest.get(name) is not None]
-    if bounds is None:
-        raise AttentionNotServed("segment_bounds does not reach the attention")
+    if segments is None:
+        raise AttentionNotServed("flat_segments does not reach the attention")
     if not causal or odd or mask is not None:
         raise AttentionNotServed(f"not plain causal attention: {odd or 'a mask, or both ways'}")
-    if query.shape[0] != 1 or query.shape[2] != bounds[-1] or key.shape[2] != bounds[-1]:
+    tokens = segments.queries[-1]
+    if query.shape[0] != 1 or query.shape[2] != tokens or key.shape[2] != tokens:
         raise AttentionNotServed("not one flat row")
 
 

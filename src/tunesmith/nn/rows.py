@@ -5,6 +5,7 @@ segment's first label row on. That is exact: the rows left out reach no loss.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -28,18 +29,14 @@ class LastRows:
 
 
 def last_rows(batch: FlatBatch, step: int = 1) -> LastRows:
-    """`batch.rows_R` has to ascend. The rows kept are rounded up to a multiple of `step`."""
+    """The rows kept are rounded up to a multiple of `step`."""
     starts = torch.tensor(batch.bounds[:-1], device=batch.rows_R.device)
     ends = torch.tensor(batch.bounds[1:], device=batch.rows_R.device)
-    before = torch.searchsorted(batch.rows_R, starts)
-    labels = torch.searchsorted(batch.rows_R, ends) - before
-    with_end = torch.cat([batch.rows_R, ends[-1:]])
-    first = torch.where(ends - starts > LONG, starts, with_end[before])
-    first = torch.where(labels > 0, first, ends)
+    segment_R = torch.searchsorted(ends, batch.rows_R, right=True)
+    first = ends.scatter_reduce(0, segment_R, batch.rows_R, "amin")
+    first = torch.where((ends - starts > LONG) & (first < ends), starts, first)
     lengths = (ends - first).tolist()
-    bounds = [0]
-    for length in lengths:
-        bounds.append(bounds[-1] + length)
+    bounds = tuple(accumulate(lengths, initial=0))
     shift = torch.tensor(bounds[:-1], device=first.device) - first
     kept = [
         torch.arange(end - length, end)
@@ -47,4 +44,4 @@ def last_rows(batch: FlatBatch, step: int = 1) -> LastRows:
     ]
     spare = -bounds[-1] % step
     kept_K = torch.cat([*kept, torch.zeros(spare, dtype=torch.int64)]).to(batch.rows_R.device)
-    return LastRows(kept_K, tuple(bounds), batch.rows_R + shift.repeat_interleave(labels))
+    return LastRows(kept_K, bounds, batch.rows_R + shift[segment_R])
