@@ -21,6 +21,17 @@ ROWS = {
         "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho 😀"}]
     },
     "text": {"text": "漢字 and more"},
+    "unpaired": {"prompt": "你", "completion": "好", "label": True},
+    "preference": {"prompt": "你", "chosen": "好", "rejected": "不", "margin": 2},
+    "openai_preference": {
+        "input": {"messages": [{"role": "user", "content": "안녕"}]},
+        "preferred_output": [{"role": "assistant", "content": "😀"}],
+        "non_preferred_output": [{"role": "assistant", "content": "!"}],
+    },
+    "scored": {
+        "prompt": "你",
+        "responses": [{"content": "a", "score": 1}, {"content": "b", "score": 3.5}],
+    },
 }
 
 
@@ -132,7 +143,36 @@ BROKEN = {
     "cut off": ('{"text": "a"', 1, "not JSON"),
     "a list": ("[1]", 1, "must be an object"),
     "no known field": ('{"foo": 1}', 1, "expected messages"),
-    "preference data": ('{"prompt":"a","chosen":"b","rejected":"c"}', 1, "preference data"),
+    "half a pair": ('{"prompt":"a","chosen":"b"}', 1, "`rejected` is missing"),
+    "equal answers": ('{"prompt":"a","chosen":"b","rejected":"b"}', 1, "are the same: nothing"),
+    "no rejected answer": ('{"prompt":"a","chosen":"b","rejected":""}', 1, "rejected is empty"),
+    "text and messages": (
+        '{"prompt":"a","chosen":"b","rejected":[{"role":"assistant","content":"c"}]}',
+        1,
+        "both be text",
+    ),
+    "text without a prompt": ('{"chosen":"b","rejected":"c"}', 1, "`prompt` is missing"),
+    "one response": (
+        '{"prompt":"a","responses":[{"content":"b","score":1}]}',
+        1,
+        "one response",
+    ),
+    "equal scores": (
+        '{"prompt":"a","responses":[{"content":"b","score":1},{"content":"c","score":1}]}',
+        1,
+        "none is better",
+    ),
+    "no score": ('{"prompt":"a","responses":[{"content":"b"}]}', 1, "`score` is missing"),
+    "a huge margin": (
+        '{"prompt":"a","chosen":"b","rejected":"c","margin":1e12}',
+        1,
+        "expected `float`",
+    ),
+    "half of OpenAI's": (
+        '{"input":{"messages":[{"role":"user","content":"a"}]},"preferred_output":[]}',
+        1,
+        "length >= 1",
+    ),
     "a wrong type": ('{"text": 5}', 1, "expected `str`"),
     "no number": ('{"text": "a", "x": NaN}', 1, "not JSON"),
     "a name twice": ('{"text": "a", "text": "b"}', 1, "given twice"),

@@ -42,7 +42,7 @@ class Verdict(Strict):
     overlong_lines: tuple[int, ...] = ()
     """The first ones."""
     masked_count: int = 0
-    """Rows that teach nothing, their answers cut off for one."""
+    """Rows that teach nothing, their answers cut off or no longer different for one."""
     masked_lines: tuple[int, ...] = ()
     fault_count: int = 0
     fault_lines: tuple[int, ...] = ()
@@ -77,7 +77,7 @@ def check_tokens(
         except RowFault as fault:
             tally.fault(fault.line, fault.message)
             continue
-        if not ruler.fits(row, max_length):
+        if not all(ruler.fits(one, max_length) for one in _sequences(row)):
             waiting.append(row)
         if len(waiting) >= _BATCH:
             tally.count(waiting)
@@ -109,23 +109,34 @@ class _Tally:
         self.faults.append(line)
 
     def count(self, rows: Sequence[Row]) -> None:
-        for row, encoded in zip(rows, self.renderer.encode_many(rows, self.train_on), strict=True):
-            if isinstance(encoded, TemplateError):
-                self.fault(row.line, f"line {row.line}: {encoded.message}")
-            elif isinstance(encoded, ValidationError):
-                self.why = self.why or encoded.message
-                self.masked.append(row.line)
-                self.left_out += 1
-            else:
-                self.take(row.line, encoded)
+        sequences = [one for row in rows for one in _sequences(row)]
+        found = iter(self.renderer.encode_many(sequences, self.train_on))
+        for row in rows:
+            self.judge(row.line, [next(found) for _ in _sequences(row)])
 
-    def take(self, line: int, encoded: Encoded) -> None:
+    def judge(self, line: int, sequences: Sequence[Encoded | ValidationError]) -> None:
+        """One row: a sample's one sequence, or a pair's two."""
+        good = []
+        for one in sequences:
+            if isinstance(one, TemplateError):
+                self.fault(line, f"line {line}: {one.message}")
+                return
+            if isinstance(one, ValidationError):
+                self.why = self.why or one.message
+                self.masked.append(line)
+                self.left_out += 1
+                return
+            good.append(one)
+        self.take(line, good)
+
+    def take(self, line: int, sequences: Sequence[Encoded]) -> None:
         self.tokenised += 1
-        self.tokens += len(encoded.ids)
-        if encoded.notice:
-            self.notices.add(NOTICES[encoded.notice])
-        is_long = len(encoded.ids) > self.max_length
-        is_masked = not any(encoded.mask[1 : self.max_length])
+        self.tokens += sum(len(one.ids) for one in sequences)
+        self.notices |= {NOTICES[one.notice] for one in sequences if one.notice}
+        is_long = any(len(one.ids) > self.max_length for one in sequences)
+        is_masked = not all(any(one.mask[1 : self.max_length]) for one in sequences)
+        seen = {tuple(one.ids[: self.max_length]) for one in sequences}
+        is_masked = is_masked or len(seen) < len(sequences)
         if is_long:
             self.long.append(line)
         if is_masked and (self.overlong == "truncate" or not is_long):
@@ -251,6 +262,10 @@ class _Ruler:
         spaced = [f" {word}" for word in new]
         found = self.renderer.tokenizer.encode_batch_fast(spaced, add_special_tokens=False)
         self.words.update({word: len(each.ids) for word, each in zip(new, found, strict=True)})
+
+
+def _sequences(row: Row) -> tuple[Row, ...]:
+    return (row,) if row.rejected is None else (row, row.rejected)
 
 
 def _texts(row: Row) -> Iterator[str]:

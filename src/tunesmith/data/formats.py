@@ -5,12 +5,18 @@ alpaca             {"instruction", "input"?, "output", "system"?, "history"?: [[
 prompt_completion  {"prompt", "completion"}, both text or both lists of messages
 sharegpt           {"conversations": [{"from": "human" | "gpt" | …, "value"}, …], "system"?}
 text               {"text"}: a plain document
+unpaired           {"prompt", "completion", "label": true | false}: an answer, wanted or not
+preference         {"prompt", "chosen", "rejected", "margin"?}, all text or all lists of messages;
+                   without "prompt" both are conversations, and what they begin with alike is it
+openai_preference  {"input": {"messages", "tools"?}, "preferred_output": [message, …],
+                   "non_preferred_output": [message, …]}
+scored             {"prompt", "responses": [{"content", "score"}, …]}: the best against the worst
 """
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,11 +25,24 @@ import msgspec
 from tunesmith.errors import ValidationError
 from tunesmith.spec.chat import MAX_TEXT, Message
 
-Format = Literal["openai", "alpaca", "prompt_completion", "sharegpt", "text"]
+Format = Literal[
+    "openai",
+    "alpaca",
+    "prompt_completion",
+    "sharegpt",
+    "text",
+    "unpaired",
+    "preference",
+    "openai_preference",
+    "scored",
+]
 FORMATS: tuple[Format, ...] = get_args(Format)
 MAX_MESSAGES = 1024
 """In one conversation."""
 MAX_TOOLS = 256
+MAX_RESPONSES = 1024
+"""To one prompt."""
+MAX_SCORE = 1e9
 
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 Short = Annotated[str, msgspec.Meta(max_length=256)]
@@ -36,7 +55,9 @@ class Row:
 
     `line` counts from 1: the line of a .jsonl or .txt, the place in the array of a .json.
     A conversation fills `messages` (and `tools`), a raw pair `prompt` and `completion`
-    (no template, the end token is appended), a plain document `text`.
+    (no template, the end token is appended), a plain document `text`. An answer that was judged
+    has a `label`: whether it is wanted. A pair is the row of the chosen answer; `rejected` is the
+    same with the other one, and `margin` how much better the chosen one is.
     """
 
     line: int
@@ -45,6 +66,9 @@ class Row:
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
+    label: bool | None = None
+    rejected: "Row | None" = None
+    margin: float | None = None
 
 
 class RowFault(ValidationError):
@@ -125,6 +149,46 @@ class _Text(msgspec.Struct):
     text: Text
 
 
+class _Unpaired(msgspec.Struct):
+    prompt: Text | _Messages
+    completion: Text | _Messages
+    label: bool
+    tools: _Tools | None = None
+
+
+_Margin = Annotated[float, msgspec.Meta(ge=-MAX_SCORE, le=MAX_SCORE)]
+
+
+class _Preference(msgspec.Struct):
+    chosen: Text | _Messages
+    rejected: Text | _Messages
+    prompt: Text | _Messages | None = None
+    margin: _Margin | None = None
+    tools: _Tools | None = None
+
+
+class _Input(msgspec.Struct):
+    messages: _Messages
+    tools: _Tools | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class _OpenAIPreference(msgspec.Struct):
+    input: _Input
+    preferred_output: _Messages
+    non_preferred_output: _Messages
+
+
+class _Response(msgspec.Struct):
+    content: Text
+    score: _Margin
+
+
+class _Scored(msgspec.Struct):
+    prompt: Text | _Messages
+    responses: Annotated[list[_Response], msgspec.Meta(min_length=1, max_length=MAX_RESPONSES)]
+
+
 _SPEAKERS: dict[str, Literal["system", "user", "assistant", "tool"]] = {
     "human": "user",
     "user": "user",
@@ -140,16 +204,20 @@ _SPEAKERS: dict[str, Literal["system", "user", "assistant", "tool"]] = {
 }
 
 
-def detect(keys: Sequence[str] | dict[str, Any]) -> Format:
+def detect(keys: dict[str, Any]) -> Format:
     """The format that a row with these fields is in. Raises Wrong."""
     if "messages" in keys:
         return "openai"
     if "conversations" in keys:
         return "sharegpt"
-    if "chosen" in keys and "rejected" in keys:
-        raise Wrong("this is preference data (chosen, rejected), which SFT cannot train on")
+    if "chosen" in keys or "rejected" in keys:
+        return "preference"
+    if "preferred_output" in keys or "non_preferred_output" in keys:
+        return "openai_preference"
+    if "responses" in keys:
+        return "scored"
     if "prompt" in keys and "completion" in keys:
-        return "prompt_completion"
+        return "unpaired" if isinstance(keys.get("label"), bool) else "prompt_completion"
     if "instruction" in keys:
         return "alpaca"
     if "text" in keys:
@@ -157,7 +225,8 @@ def detect(keys: Sequence[str] | dict[str, Any]) -> Format:
     found = ", ".join(sorted(repr(key[:40]) for key in list(keys)[:8])) or "no field at all"
     raise Wrong(
         f"no known format has the fields {found}; expected messages, conversations, "
-        "instruction and output, prompt and completion, or text"
+        "instruction and output, prompt and completion, text, prompt with chosen and rejected, or "
+        "prompt and responses"
     )
 
 
@@ -227,6 +296,10 @@ _SHAPES: dict[Format, type[msgspec.Struct]] = {
     "prompt_completion": _Pair,
     "sharegpt": _ShareGPT,
     "text": _Text,
+    "unpaired": _Unpaired,
+    "preference": _Preference,
+    "openai_preference": _OpenAIPreference,
+    "scored": _Scored,
 }
 
 
@@ -246,6 +319,8 @@ def _mismatch(line: bytes, format: Format, message: str) -> Wrong:
     try:
         other = detect(keys)
     except Wrong:
+        other = format
+    if format == "unpaired" and "label" in keys:
         other = format
     if other != format:
         return Wrong(f"this row is in the {other} format, the first one was {format}: use one")
@@ -301,21 +376,115 @@ def _from_alpaca(shape: _Alpaca, line: int) -> Row:
 
 
 def _from_pair(shape: _Pair, line: int) -> Row:
-    if isinstance(shape.prompt, str) and isinstance(shape.completion, str):
-        if not shape.completion:
-            raise Wrong("the completion is empty: nothing to learn", "completion")
-        _refuse_nul(shape.prompt, "prompt")
-        _refuse_nul(shape.completion, "completion")
-        return Row(line, prompt=shape.prompt, completion=shape.completion)
-    if isinstance(shape.prompt, str) or isinstance(shape.completion, str):
-        raise Wrong("prompt and completion must both be text or both be lists of messages")
-    asked = [_message(said, f"prompt[{at}]") for at, said in enumerate(shape.prompt)]
-    told = [_message(said, f"completion[{at}]") for at, said in enumerate(shape.completion)]
+    asked = _Asked(shape.prompt, shape.tools or ())
+    return _answered(line, asked, _Told(shape.completion, "completion"))
+
+
+def _from_unpaired(shape: _Unpaired, line: int) -> Row:
+    asked = _Asked(shape.prompt, shape.tools or ())
+    return replace(_answered(line, asked, _Told(shape.completion, "completion")), label=shape.label)
+
+
+def _from_preference(shape: _Preference, line: int) -> Row:
+    asked = _Asked(shape.prompt or "", shape.tools or ())
+    chosen, rejected = shape.chosen, shape.rejected
+    if shape.prompt is None:
+        if isinstance(chosen, str) or isinstance(rejected, str):
+            raise Wrong(
+                "the field `prompt` is missing; only whole conversations can do without it",
+                "prompt",
+            )
+        shared = _shared(chosen, rejected)
+        asked = _Asked(chosen[:shared], shape.tools or ())
+        chosen, rejected = chosen[shared:], rejected[shared:]
+    told = (_Told(chosen, "chosen"), _Told(rejected, "rejected"))
+    return _compared(line, asked, *told, shape.margin)
+
+
+def _from_openai_preference(shape: _OpenAIPreference, line: int) -> Row:
+    asked = _Asked(shape.input.messages, shape.input.tools or (), "input.messages")
+    chosen = _Told(shape.preferred_output, "preferred_output")
+    return _compared(line, asked, chosen, _Told(shape.non_preferred_output, "non_preferred_output"))
+
+
+def _from_scored(shape: _Scored, line: int) -> Row:
+    if len(shape.responses) < 2:
+        raise Wrong("there is one response; two with different scores are needed", "responses")
+    scores = [each.score for each in shape.responses]
+    best, worst = scores.index(max(scores)), scores.index(min(scores))
+    if scores[best] == scores[worst]:
+        raise Wrong(f"all responses have the score {scores[best]:g}: none is better", "responses")
+    chosen, rejected = (
+        _Told(_said_after(shape.prompt, shape.responses[at]), f"responses[{at}].content")
+        for at in (best, worst)
+    )
+    return _compared(line, _Asked(shape.prompt), chosen, rejected)
+
+
+def _said_after(prompt: str | list[_Message], response: _Response) -> str | list[_Message]:
+    if isinstance(prompt, str):
+        return response.content
+    return [_Message(role="assistant", content=response.content)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What an answer follows."""
+
+    prompt: str | list[_Message]
+    tools: tuple[dict[str, Any], ...] = ()
+    loc: str = "prompt"
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    answer: str | list[_Message]
+    loc: str
+
+
+def _answered(line: int, asked: _Asked, told: _Told) -> Row:
+    prompt, answer = asked.prompt, told.answer
+    if isinstance(prompt, str) and isinstance(answer, str):
+        if not answer:
+            raise Wrong(f"the {told.loc} is empty: nothing to learn", told.loc)
+        _refuse_nul(prompt, asked.loc)
+        _refuse_nul(answer, told.loc)
+        return Row(line, prompt=prompt, completion=answer)
+    if isinstance(prompt, str) or isinstance(answer, str):
+        raise Wrong(f"{asked.loc} and {told.loc} must both be text or both be lists of messages")
+    before = [_message(said, f"{asked.loc}[{at}]") for at, said in enumerate(prompt)]
+    after = [_message(said, f"{told.loc}[{at}]") for at, said in enumerate(answer)]
     context = [
         said.model_copy(update={"weight": 0}) if said.role == "assistant" else said
-        for said in asked
+        for said in before
     ]
-    return _conversation(line, (*context, *told), shape.tools or ())
+    return _conversation(line, (*context, *after), asked.tools)
+
+
+def _compared(
+    line: int, asked: _Asked, chosen: _Told, rejected: _Told, margin: float | None = None
+) -> Row:
+    better, worse = (_answered(line, asked, told) for told in (chosen, rejected))
+    if better == worse:
+        raise Wrong(f"{chosen.loc} and {rejected.loc} are the same: nothing to learn", rejected.loc)
+    return replace(better, rejected=worse, margin=margin)
+
+
+def _shared(chosen: list[_Message], rejected: list[_Message]) -> int:
+    """Messages that two conversations begin with alike: what was asked."""
+    if chosen == rejected:
+        raise Wrong("chosen and rejected are the same: nothing to learn", "rejected")
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    shared = next((at for at, (one, other) in pairs if one != other), None)
+    if shared is None:
+        raise Wrong(
+            "one conversation is the beginning of the other: nothing to compare", "rejected"
+        )
+    if not shared:
+        raise Wrong(
+            "chosen and rejected must begin with the same messages: what was asked", "rejected[0]"
+        )
+    return shared
 
 
 def _from_sharegpt(shape: _ShareGPT, line: int) -> Row:
@@ -350,6 +519,10 @@ _BUILD: dict[Format, Callable[[Any, int], Row]] = {
     "prompt_completion": _from_pair,
     "sharegpt": _from_sharegpt,
     "text": _from_text,
+    "unpaired": _from_unpaired,
+    "preference": _from_preference,
+    "openai_preference": _from_openai_preference,
+    "scored": _from_scored,
 }
 
 

@@ -1,0 +1,54 @@
+"""Which formats a method can train on, and what is said of a file in another one."""
+
+from collections.abc import Mapping
+
+from tunesmith.data.formats import Format
+from tunesmith.errors import ValidationError
+
+TEACHING: tuple[Format, ...] = ("openai", "alpaca", "prompt_completion", "sharegpt", "text")
+PAIRED: tuple[Format, ...] = ("preference", "openai_preference", "scored")
+JUDGED: tuple[Format, ...] = ("unpaired", *PAIRED)
+READ: Mapping[str, tuple[Format, ...]] = {
+    "sft": TEACHING,
+    "pretrain": ("text",),
+    "dpo": PAIRED,
+    "orpo": PAIRED,
+    "cpo": PAIRED,
+    "simpo": PAIRED,
+    "reward": PAIRED,
+    "kto": JUDGED,
+}
+"""By method."""
+_SHAPES: Mapping[Format, str] = {
+    "openai": '{"messages": […]}',
+    "alpaca": '{"instruction", "input", "output"}',
+    "prompt_completion": '{"prompt", "completion"}',
+    "sharegpt": '{"conversations": […]}',
+    "text": '{"text"}',
+    "unpaired": '{"prompt", "completion", "label": true or false}',
+    "preference": '{"prompt", "chosen", "rejected"}',
+    "openai_preference": '{"input", "preferred_output", "non_preferred_output"}',
+    "scored": '{"prompt", "responses": [{"content", "score"}, …]}',
+}
+_ADVICE: Mapping[Format, str] = {
+    "unpaired": "train on it with kto",
+    "preference": "train on it with dpo, kto, orpo, cpo, simpo or reward",
+    "openai_preference": "train on it with dpo, kto, orpo, cpo, simpo or reward",
+    "scored": "train on it with dpo, kto, orpo, cpo, simpo or reward",
+}
+
+
+def refuse_unsuited(method: str, format: str, name: str, param: str | None = None) -> None:
+    """Raises ValidationError where the method cannot read files of the format."""
+    known = READ[method]
+    if format in known:
+        return
+    found = _SHAPES[format]  # type: ignore[index]
+    wanted = " or ".join(_SHAPES[one] for one in known)
+    advice = _ADVICE.get(format)  # type: ignore[call-overload]
+    other = f", or {advice}" if advice else ""
+    raise ValidationError(
+        f"{name} holds rows like {found}, and {method} reads rows like {wanted}; "
+        f"write it so{other}",
+        param=param,
+    )
