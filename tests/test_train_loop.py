@@ -455,4 +455,4 @@ def test_pretraining_refuses_rows_that_are_no_text(place):
     spec = Pretrain(model="m", dataset="d", sequence_length=32)
     error = failure(place.task(spec))
     assert error.failure_class is FailureClass.DATA_ERROR
-    assert "plain text" in str(error)
+    assert 'pretrain reads rows like {"text"}' in str(error)

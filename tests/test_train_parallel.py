@@ -14,9 +14,20 @@ import torch
 from safetensors.torch import load_file
 
 from house import open_house
-from train_fixtures import Events, Place, is_alive, make_model, pairs, read_events, sft, write_rows
-from tunesmith.spec.pipe import Plan, TrainerTask
-from tunesmith.spec.train import Lora, Run
+from train_fixtures import (
+    Events,
+    Place,
+    is_alive,
+    make_model,
+    pairs,
+    preferences,
+    read_events,
+    sft,
+    tuned,
+    write_rows,
+)
+from tunesmith.spec.pipe import Inputs, Plan, TrainerTask
+from tunesmith.spec.train import Kto, Lora, Preference, Run
 
 PAIR = Plan(threads=1, processes=2, micro_batch_tokens=96)
 EACH_STEP = Run(save_steps=1, keep_checkpoints=20, save_seconds=3600)
@@ -101,6 +112,19 @@ def test_two_processes_make_the_updates_of_one_with_twice_the_batch(
     weights = weights_of(alone)
     for name, tensor in weights_of(both).items():
         torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Preference, Kto])
+def test_two_processes_compare_answers_as_one_does(
+    place: Place, kind: type[Preference] | type[Kto]
+) -> None:
+    rows = write_rows(place.folder / "pairs.jsonl", preferences(20))
+    inputs = Inputs(model=str(place.model), dataset=str(rows))
+    both = run(place.task(tuned(kind, batch_size=4, epochs=2), plan=PAIR, inputs=inputs))
+    alone = run(place.task(tuned(kind, batch_size=8, epochs=2), inputs=inputs), "tunesmith.train")
+    for ours, theirs in zip(both.of("step"), alone.of("step"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=1e-3, abs=1e-4)
 
 
 def test_a_stop_ends_both_with_a_checkpoint_from_which_the_same_bits_follow(

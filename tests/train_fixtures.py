@@ -9,20 +9,21 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tunesmith.spec.pipe import Inputs, Plan, TrainerTask
-from tunesmith.spec.train import Lora, Optim, Pretrain, Run, Sft
+from tunesmith.spec.train import AnySpec, Lora, Optim, Run, Sft, Tuning
 from tunesmith.train.job import Job
 from tunesmith.train.process import Asks
 from tunesmith.train.report import Report
 
 TEXT = "river stone 강물 바위 水 石头 cloud 구름 云 tree 나무 树 light 빛 光 🌊 🌲 night 밤 夜"
 WORDS = TEXT.split()
+Tuned = TypeVar("Tuned", bound=Tuning)
 PLAN = Plan(threads=1, micro_batch_tokens=96)
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -84,6 +85,24 @@ def pairs(count: int, longest: int = 12) -> list[dict[str, str]]:
     ]
 
 
+def preferences(count: int, longest: int = 12) -> list[dict[str, str]]:
+    """Prompt, chosen and rejected, of lengths that differ."""
+    return [
+        {
+            "prompt": row["prompt"],
+            "chosen": row["completion"],
+            "rejected": " "
+            + " ".join(WORDS[(i * 3 + k + 1) % len(WORDS)] for k in range(1 + i % 7)),
+        }
+        for i, row in enumerate(pairs(count, longest))
+    ]
+
+
+def judged(count: int) -> list[dict[str, Any]]:
+    """Prompt, completion and label."""
+    return [{**row, "label": i % 3 != 1} for i, row in enumerate(pairs(count))]
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text(text, encoding="utf-8")
@@ -98,6 +117,14 @@ def sft(lora: Lora | None = None, *, run: Run | None = None, **over: Any) -> Sft
     return Sft(model="m", dataset="d", lora=lora, optim=optim, run=run, **own)
 
 
+def tuned(kind: type[Tuned], *, run: Run | None = None, **over: Any) -> Tuned:
+    """As `sft`, for another method; every weight unless `lora` says otherwise."""
+    own = {name: over.pop(name) for name in list(over) if name in kind.model_fields}
+    optim = {"learning_rate": 1e-3, "batch_size": 4, "epochs": 1.0, **over}
+    common = {"model": "m", "dataset": "d", "lora": None, "optim": optim}
+    return kind.model_validate(common | {"run": run or Run(save_seconds=3600)} | own)
+
+
 @dataclass
 class Place:
     """A folder with a model and rows in it; makes tasks."""
@@ -107,7 +134,7 @@ class Place:
     dataset: Path
     made: int = 0
 
-    def task(self, spec: Sft | Pretrain, **over: Any) -> TrainerTask:
+    def task(self, spec: AnySpec, **over: Any) -> TrainerTask:
         """Each task has an attempt folder of its own, unless given."""
         self.made += 1
         attempt = self.folder / f"attempt-{self.made}"

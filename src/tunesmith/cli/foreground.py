@@ -46,7 +46,7 @@ from tunesmith.spec.pipe import (
     TrainerEvent,
     TrainerTask,
 )
-from tunesmith.spec.train import Pretrain, Sft
+from tunesmith.spec.train import AnySpec
 
 _EVENT: TypeAdapter[TrainerEvent] = TypeAdapter(TrainerEvent)
 _LOG_TAIL_BYTES = 4000
@@ -56,7 +56,7 @@ _LOG_TAIL_BYTES = 4000
 class Foreground:
     """One training: what is asked, with inputs that exist, and where its files are."""
 
-    spec: Sft | Pretrain
+    spec: AnySpec
     inputs: Inputs
     out: Path
     is_fresh: bool = False

@@ -12,14 +12,17 @@ from pydantic import ValidationError as PydanticError
 from tunesmith.cli.near import names_in, near_name
 from tunesmith.errors import NotFoundError, ValidationError
 from tunesmith.spec import yaml_guard
-from tunesmith.spec.train import Pretrain, Sft, TrainSpec
+from tunesmith.spec.train import AnySpec, TrainSpec
 
-_METHODS: dict[str, type[Sft] | type[Pretrain]] = {"sft": Sft, "pretrain": Pretrain}
-_ADAPTER: TypeAdapter[Sft | Pretrain] = TypeAdapter(TrainSpec)
+_METHODS: dict[str, type[AnySpec]] = {
+    kind.model_fields["method"].default: kind for kind in get_args(AnySpec)
+}
+_ADAPTER: TypeAdapter[AnySpec] = TypeAdapter(TrainSpec)
+_LISTED = " or ".join([", ".join(list(_METHODS)[:-1]), list(_METHODS)[-1]])
 
 EXAMPLE = """\
 # A LoRA fine-tune. Paths are relative to the folder you start it from.
-method: sft
+method: sft                   # or pretrain, dpo, kto, orpo, cpo, simpo, reward
 model: models/base            # a folder with config.json, weights and a tokenizer
 dataset: data/train.jsonl     # {"messages": [...]}, Alpaca, prompt/completion or ShareGPT
 # eval_dataset: data/eval.jsonl
@@ -40,7 +43,7 @@ run:
 """
 
 
-def read_spec(path: Path) -> Sft | Pretrain:
+def read_spec(path: Path) -> AnySpec:
     """Raises NotFoundError, or ValidationError with one entry for each fault."""
     try:
         with path.open("rb") as file:
@@ -54,7 +57,7 @@ def read_spec(path: Path) -> Sft | Pretrain:
     return parse_spec(yaml_guard.load(body), path.name)
 
 
-def parse_spec(value: Any, name: str = "the specification") -> Sft | Pretrain:
+def parse_spec(value: Any, name: str = "the specification") -> AnySpec:
     if not isinstance(value, dict):
         raise ValidationError(f"{name} holds no fields; `tunesmith train --example` prints one")
     value = {"method": "sft", **value}
@@ -85,7 +88,7 @@ def _entry(fault: dict[str, Any], method: Any) -> dict[str, Any]:
     if fault["type"] == "missing":
         return {"loc": [], "msg": f"{place!r} is missing"}
     if fault["type"] == "union_tag_invalid":
-        return {"loc": [], "msg": f"method {method!r} is unknown; write sft or pretrain"}
+        return {"loc": [], "msg": f"method {method!r} is unknown; write {_LISTED}"}
     return {"loc": [], "msg": f"{place}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"}
 
 

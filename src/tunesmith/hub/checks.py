@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.check import Verdict, check_tokens
+from tunesmith.data.render import TrainOn
 from tunesmith.data.rows import RowIndex
 from tunesmith.errors import FailureClass, TuningAPIError
 from tunesmith.hub.downloads import Downloads
 from tunesmith.hub.folder import ModelFolder, read
 from tunesmith.spec.records import Job
-from tunesmith.spec.train import Sft
+from tunesmith.spec.train import Sft, Tuning
 from tunesmith.store import catalog, jobs
 from tunesmith.store.tables import UNCHECKED
 
@@ -93,13 +94,13 @@ def _told(verdict: Verdict) -> dict[str, Any]:
     return verdict.model_dump(mode="json", include=_TOLD)
 
 
-def kept(hub: "Hub", spec: Sft, folder: ModelFolder, sha256: str, digest: str) -> Verdict | None:
+def kept(hub: "Hub", spec: Tuning, folder: ModelFolder, sha256: str, digest: str) -> Verdict | None:
     """The verdict of an earlier check of the same content, under the renderer of that digest."""
     return _kept(hub, key(sha256, digest, spec, folder))
 
 
 def _verdicts(hub: "Hub", job: Job) -> list[Verdict]:
-    if not isinstance(job.spec, Sft):
+    if not isinstance(job.spec, Tuning):
         return []
     sources = [job.dataset] if job.eval_dataset is None else [job.dataset, job.eval_dataset]
     folder = read(Path(job.model.path))
@@ -109,7 +110,7 @@ def _verdicts(hub: "Hub", job: Job) -> list[Verdict]:
         renderer = hub.renderer(folder, index.format)
         place = key(source.sha256 or "", renderer.digest, job.spec, folder)
         verdict = _kept(hub, place) or check_tokens(
-            index, renderer, max_length(job.spec, folder), job.spec.overlong, job.spec.train_on
+            index, renderer, max_length(job.spec, folder), job.spec.overlong, _train_on(job.spec)
         )
         body = verdict.model_dump(mode="json")
         hub.store.write(partial(catalog.keep_verdict, key=place, verdict=body)).result()
@@ -117,7 +118,7 @@ def _verdicts(hub: "Hub", job: Job) -> list[Verdict]:
     return found
 
 
-def max_length(spec: Sft, folder: ModelFolder) -> int:
+def max_length(spec: Tuning, folder: ModelFolder) -> int:
     """Tokens: what was asked for, or the model's context where it is shorter."""
     return min(spec.max_length, folder.context_length or spec.max_length)
 
@@ -127,7 +128,11 @@ def _kept(hub: "Hub", key: str) -> Verdict | None:
     return None if body is None else Verdict.model_validate(body)
 
 
-def key(sha256: str, digest: str, spec: Sft, folder: ModelFolder) -> str:
+def key(sha256: str, digest: str, spec: Tuning, folder: ModelFolder) -> str:
     """The name of a check: of a data set's content, a renderer, and what was asked for."""
     length = max_length(spec, folder)
-    return f"tokens:{sha256}:{digest}:{length}:{spec.overlong}:{spec.train_on}"
+    return f"tokens:{sha256}:{digest}:{length}:{spec.overlong}:{_train_on(spec)}"
+
+
+def _train_on(spec: Tuning) -> TrainOn:
+    return spec.train_on if isinstance(spec, Sft) else "completions"

@@ -21,7 +21,7 @@ from tunesmith.hub.names import FoundModel, find_base, find_data
 from tunesmith.hub.principal import Principal
 from tunesmith.hub.trace import Trace
 from tunesmith.spec.hands import Capacity
-from tunesmith.spec.train import Sft, TrainSpec
+from tunesmith.spec.train import TrainSpec, Tuning
 from tunesmith.store import claims
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Known:
 
     def verdict(self, spec: TrainSpec, model: FoundModel, part: Pinned) -> Verdict | None:
         entry = self._models.get(model.name)
-        if not isinstance(spec, Sft) or entry is None or entry.found is not model:
+        if not isinstance(spec, Tuning) or entry is None or entry.found is not model:
             raise Unknown
         digest, sha256 = entry.digests.get(part.format), part.source.sha256
         if digest is None or sha256 is None:
@@ -165,7 +165,7 @@ class Known:
             self._keep(self._data, name, _Entry(found, (trace,)))
 
     def keep_verdict(
-        self, spec: Sft, model: FoundModel, part: Pinned, digest: str, found: Verdict
+        self, spec: Tuning, model: FoundModel, part: Pinned, digest: str, found: Verdict
     ) -> None:
         entry = self._models.get(model.name)
         if entry is None or entry.found is not model:
@@ -206,7 +206,7 @@ class Lookup:
         return found
 
     def verdict(self, spec: TrainSpec, model: FoundModel, part: Pinned) -> Verdict | None:
-        if not isinstance(spec, Sft):
+        if not isinstance(spec, Tuning):
             return checks.UNASKED
         digest = self._hub.renderer(model.folder, part.format).digest
         assert part.source.sha256

@@ -35,7 +35,8 @@ def points(batch: Sequence[JobEvent], step: int) -> tuple[list[Metric], int]:
         told = event.data
         if event.type == "step" and told["step"] > step:
             step = told["step"]
-            found += _points(event, {name: told.get(name) for name in _SHOWN})
+            shown = {name: told.get(name) for name in _SHOWN}
+            found += _points(event, {**told.get("metrics", {}), **shown})
         elif event.type == "evaluated" and told["step"] >= step:
             found += _points(event, told["metrics"])
     return found, step

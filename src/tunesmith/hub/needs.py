@@ -56,5 +56,7 @@ def _activations(spec: TrainSpec, model: ModelFolder) -> int:
     inner = model.size("intermediate_size", "n_inner") or 4 * width
     layers = model.size("num_hidden_layers", "n_layer") or 12
     longest = spec.sequence_length if isinstance(spec, Pretrain) else spec.max_length
-    tokens = max(MICRO_BATCH_TOKENS, min(longest, model.context_length or longest))
+    sequences = 1 if isinstance(spec, Pretrain) else spec.sequences_a_sample
+    sample = sequences * min(longest, model.context_length or longest)
+    tokens = max(MICRO_BATCH_TOKENS, sample)
     return 4 * tokens * layers * (12 * width + 4 * inner)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from sqlalchemy.engine import Connection
 
+from tunesmith.data.suited import refuse_unsuited
 from tunesmith.errors import (
     BadRequestError,
     NoSpaceError,
@@ -17,6 +18,7 @@ from tunesmith.errors import (
 )
 from tunesmith.hub import needs, output
 from tunesmith.hub.asked import Request
+from tunesmith.hub.data import Pinned
 from tunesmith.hub.intake import Key, Submission
 from tunesmith.hub.known import Look, Lookup, Unknown
 from tunesmith.hub.names import FoundModel
@@ -72,9 +74,11 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
     model = look.base(spec.model, who, asked.name("model"))
     _refuse_model(model, asked)
     training = look.pinned(spec.dataset, who, asked.name("dataset"))
+    _refuse_unsuited(training, asked, "dataset")
     evaluation = None
     if spec.eval_dataset is not None:
         evaluation = look.pinned(spec.eval_dataset, who, asked.name("eval_dataset"))
+        _refuse_unsuited(evaluation, asked, "eval_dataset")
     output_dir = None if asked.output_dir is None else output.find(hub, asked, model.folder)
     _refuse_full_disk(spec, model, free_bytes)
     workers = look.workers()
@@ -112,6 +116,12 @@ def _refuse_model(model: FoundModel, asked: Request) -> None:
     is_from_scratch = isinstance(asked.spec, Pretrain) and asked.spec.from_scratch
     if not model.folder.has_weights and not is_from_scratch:
         raise BadRequestError(f"{name}: {model.name!r} has no safetensors weights", param=name)
+
+
+def _refuse_unsuited(part: Pinned, asked: Request, field: str) -> None:
+    """Rows of a format that the method does not read."""
+    name = asked.name(field)
+    refuse_unsuited(asked.spec.method, part.format, f"{name}: {part.source.name!r}", name)
 
 
 def _checkpoint(hub: "Hub", asked: Request) -> str | None:

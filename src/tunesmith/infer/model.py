@@ -144,6 +144,8 @@ def _read(path: Path, device: str, dtype: torch.dtype) -> Any:
         raise BadRequestError(f"{path.name}: no .safetensors file; other formats are not read")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+            raise BadRequestError(f"{path.name}: a reward model gives scores, it cannot answer")
         odd = set(getattr(config.get_text_config(), "layer_types", None) or ()) - _KNOWN_LAYERS
         if odd:
             raise BadRequestError(f"{path.name}: layers of type {sorted(odd)} cannot be served")

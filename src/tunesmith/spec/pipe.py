@@ -6,11 +6,13 @@ checkpoint, SIGUSR1 writes every thread's stack to the log.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from tunesmith.errors import FailureClass
 from tunesmith.spec.strict import JobId, Sha256, Strict
 from tunesmith.spec.train import TrainSpec
+
+MetricName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 
 
 class Plan(Strict):
@@ -89,6 +91,8 @@ class Step(Strict):
     cpu_seconds: float = 0.0
     """Of this process, since it was started or forked."""
     eta_seconds: float | None = None
+    metrics: dict[MetricName, float] = Field({}, max_length=64)
+    """What the method tells of this step beside: rewards, margins, …"""
 
 
 class Evaluated(Strict):

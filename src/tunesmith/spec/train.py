@@ -1,13 +1,25 @@
 """What a training request may ask for. Pure data: no torch, no files, no database."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from tunesmith.spec.strict import Name, Strict
 
 MAX_LENGTH_LIMIT = 1 << 20
 """Tokens: the longest sample that may be asked for."""
+
+PairLoss = Literal[
+    "sigmoid",
+    "robust",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+]
 
 Target = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[\w.\-]+$")]
 
@@ -68,10 +80,11 @@ class Run(Strict):
     """Where a validation set is given: also at the end of each epoch."""
 
 
-class Sft(Strict):
-    """Supervised fine-tuning on conversations, instructions or prompt and completion."""
+class Tuning(Strict):
+    """What all methods that tune a model on the rows of a file have in common."""
 
-    method: Literal["sft"] = "sft"
+    sequences_a_sample: ClassVar[int] = 1
+    """Each of up to `max_length` tokens."""
     model: Name
     dataset: Name
     eval_dataset: Name | None = None
@@ -79,11 +92,136 @@ class Sft(Strict):
     """Tokens. The model's own context, where it is shorter, holds."""
     overlong: Literal["drop", "truncate", "refuse"] = "drop"
     """What becomes of a sample over `max_length`: each is counted and reported, in every case."""
-    train_on: Literal["completions", "all"] = "completions"
     lora: Lora | None = Lora()
     """None trains every weight."""
     optim: Optim = Optim()
     run: Run = Run()
+
+
+class Sft(Tuning):
+    """Supervised fine-tuning on conversations, instructions or prompt and completion."""
+
+    method: Literal["sft"] = "sft"
+    train_on: Literal["completions", "all"] = "completions"
+
+
+class PreferenceOptim(Optim):
+    """The defaults of methods that start from a model that answers well already."""
+
+    learning_rate: float = Field(5e-7, gt=0, le=10)
+    epochs: float = Field(1, gt=0, le=10_000)
+
+
+class RewardOptim(Optim):
+    learning_rate: float = Field(1e-4, gt=0, le=10)
+    epochs: float = Field(1, gt=0, le=10_000)
+
+
+class Comparing(Tuning):
+    """Methods that learn from answers that were judged. Dropout is off in all of them: what is
+    compared must be the same function of the weights."""
+
+    optim: PreferenceOptim = PreferenceOptim()
+
+
+Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
+"""The share of pairs whose order is taken to be wrong."""
+
+
+class Preference(Comparing):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) and its kin.
+
+    The reference is the model as it is opened: a folder of full weights, or an adapter on its base.
+    """
+
+    sequences_a_sample: ClassVar[int] = 2
+    method: Literal["dpo"] = "dpo"
+    loss: PairLoss = "sigmoid"
+    """What is made of a pair's difference in log-ratios: see `train/preference.py`."""
+    beta: float = Field(0.1, gt=0, le=1000)
+    """How dear it is to leave the reference: higher stays nearer."""
+    label_smoothing: Smoothing = 0.0
+    """For the losses sigmoid, robust and exo_pair, which needs it above 0."""
+    length_normalised: bool = False
+    """Log-ratios for each token of the answer, not for all of it; always so with ipo."""
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> "Preference":
+        if self.label_smoothing and self.loss not in {"sigmoid", "robust", "exo_pair"}:
+            raise ValueError(f"label_smoothing means nothing to the loss {self.loss}; leave it 0")
+        if self.loss == "exo_pair" and not self.label_smoothing:
+            raise ValueError("the loss exo_pair needs a label_smoothing above 0, such as 0.001")
+        if self.length_normalised and self.loss not in {"sigmoid", "robust", "hinge", "ipo"}:
+            raise ValueError(f"the loss {self.loss} is not defined with length_normalised")
+        return self
+
+
+class Kto(Comparing):
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306) on answers that are
+    each marked as wanted or not; of a pair both answers are taken."""
+
+    method: Literal["kto"] = "kto"
+    beta: float = Field(0.1, gt=0, le=1000)
+    desirable_weight: float = Field(1.0, gt=0, le=1000)
+    undesirable_weight: float = Field(1.0, gt=0, le=1000)
+
+    @model_validator(mode="after")
+    def _check_step(self) -> "Kto":
+        if self.optim.batch_size * self.optim.gradient_accumulation_steps < 2:
+            raise ValueError("kto compares a step's answers: optim.batch_size has to be 2 or more")
+        return self
+
+
+class Orpo(Comparing):
+    """Odds ratio preference optimisation (Hong et al. 2024, arXiv:2403.07691): no reference."""
+
+    sequences_a_sample: ClassVar[int] = 2
+    method: Literal["orpo"] = "orpo"
+    beta: float = Field(0.1, gt=0, le=1000)
+    """Weight of the odds ratio beside the loss on the chosen sequence; lambda in the paper."""
+
+
+class Cpo(Comparing):
+    """Contrastive preference optimisation (Xu et al. 2024, arXiv:2401.08417): no reference."""
+
+    sequences_a_sample: ClassVar[int] = 2
+    method: Literal["cpo"] = "cpo"
+    loss: Literal["sigmoid", "hinge"] = "sigmoid"
+    beta: float = Field(0.1, gt=0, le=1000)
+    alpha: float = Field(1.0, ge=0, le=1000)
+    """Weight of the loss on the chosen answer."""
+    label_smoothing: Smoothing = 0.0
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> "Cpo":
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing means nothing to the loss {self.loss}; leave it 0")
+        return self
+
+
+class Simpo(Comparing):
+    """Simple preference optimisation (Meng et al. 2024, arXiv:2405.14734): no reference, rewards
+    by token."""
+
+    sequences_a_sample: ClassVar[int] = 2
+    method: Literal["simpo"] = "simpo"
+    beta: float = Field(2.0, gt=0, le=1000)
+    gamma: float = Field(0.5, ge=0, le=1000)
+    """The margin that the chosen answer's reward is to have."""
+    alpha: float = Field(0.0, ge=0, le=1000)
+    """Weight of a loss on the chosen answer; 0 is SimPO as published, 1 CPO-SimPO."""
+
+
+class Reward(Tuning):
+    """A reward model from pairs: a score for each sequence (Bradley-Terry; Ouyang et al. 2022,
+    arXiv:2203.02155, eq. 1). A row's `margin` is what its scores are to differ by.
+    Dropout is off."""
+
+    sequences_a_sample: ClassVar[int] = 2
+    method: Literal["reward"] = "reward"
+    center: float = Field(0.0, ge=0, le=1000)
+    """Weight of what draws scores to 0 (Eisenstein et al. 2023, arXiv:2312.09244, section 3)."""
+    optim: RewardOptim = RewardOptim()
 
 
 class Pretrain(Strict):
@@ -100,4 +238,5 @@ class Pretrain(Strict):
     run: Run = Run()
 
 
-TrainSpec = Annotated[Sft | Pretrain, Field(discriminator="method")]
+AnySpec = Sft | Pretrain | Preference | Kto | Orpo | Cpo | Simpo | Reward
+TrainSpec = Annotated[AnySpec, Field(discriminator="method")]

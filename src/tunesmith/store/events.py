@@ -141,7 +141,7 @@ def _stepped(row: RowMapping, values: dict[str, Any], event: Step) -> dict[str, 
         "step": event.step,
         "total_steps": event.total_steps,
         "progress": _progress(event.step, event.total_steps),
-        "metrics": {**seen, **shown},
+        "metrics": {**seen, **event.metrics, **shown},
         "eta_seconds": event.eta_seconds,
     }
 

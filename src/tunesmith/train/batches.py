@@ -4,9 +4,25 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 _ROUNDS = 6
+
+
+class Sized(Protocol):
+    """What a step is made of."""
+
+    @property
+    def tokens(self) -> int:
+        """That a pass over it holds."""
+
+    @property
+    def labels(self) -> int:
+        """Tokens that are predicted."""
+
+
+S = TypeVar("S", bound=Sized)
+S_co = TypeVar("S_co", bound=Sized, covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +36,10 @@ class Sample:
     @classmethod
     def of(cls, ids: Sequence[int], mask: Sequence[bool]) -> "Sample":
         return cls(ids, mask, sum(mask[1:]))
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
 
 
 class Shuffle:
@@ -71,7 +91,7 @@ class Interrupted(Exception):
     """A stop was asked for while looking for a sample."""
 
 
-class Source(Protocol):
+class Source(Protocol[S_co]):
     """The samples of one epoch after another, each read when it is asked for."""
 
     def open(self, epoch: int, position: dict[str, Any] | None = None) -> None:
@@ -80,7 +100,7 @@ class Source(Protocol):
     def position(self) -> dict[str, Any]:
         """Where the next `pull` reads, and what was counted before it, in JSON's types."""
 
-    def pull(self) -> Sample | None:
+    def pull(self) -> S_co | None:
         """The next sample; None at the end of the epoch."""
 
     def expected(self) -> float:
@@ -90,13 +110,13 @@ class Source(Protocol):
         """What to raise where a whole epoch held no sample."""
 
 
-class Feed:
+class Feed(Generic[S]):
     """Deals out the samples of each step. A step never reaches over the end of an epoch.
 
     One sample is read ahead, so that the end of an epoch is known with its last step.
     """
 
-    def __init__(self, source: Source, samples_a_step: int) -> None:
+    def __init__(self, source: Source[S], samples_a_step: int) -> None:
         self.epoch = 0
         self.epoch_samples: int | None = None
         """Exact, once the first epoch has ended."""
@@ -105,13 +125,13 @@ class Feed:
         self._taken = 0
         self._open(None)
 
-    def take(self) -> list[Sample]:
+    def take(self) -> list[S]:
         """The samples of the next step, at least one. Raises what the source says is wrong."""
         if not self._is_ahead:
             self._read_ahead()
             if self._ahead is None:
                 raise self._source.nothing_usable()
-        samples: list[Sample] = []
+        samples: list[S] = []
         while self._ahead is not None and len(samples) < self._samples_a_step:
             samples.append(self._ahead)
             self._taken += 1
@@ -152,7 +172,7 @@ class Feed:
 
     def _open(self, position: dict[str, Any] | None) -> None:
         self._source.open(self.epoch, position)
-        self._ahead: Sample | None = None
+        self._ahead: S | None = None
         self._is_ahead = False
         self._position = self._source.position()
 
@@ -168,18 +188,18 @@ class Feed:
         self._open(None)
 
 
-def split(samples: Sequence[Sample], budget_tokens: int) -> list[list[Sample]]:
+def split(samples: Sequence[S], budget_tokens: int) -> list[list[S]]:
     """Share out a step's samples to passes of at most `budget_tokens`, the shortest first.
 
     Neighbours in length share a pass; a sample over the budget has one to itself. How a step is
     split changes its speed and memory, not its update.
     """
-    passes: list[list[Sample]] = []
+    passes: list[list[S]] = []
     room = 0
-    for sample in sorted(samples, key=lambda sample: len(sample.ids)):
-        if not passes or len(sample.ids) > room:
+    for sample in sorted(samples, key=lambda sample: sample.tokens):
+        if not passes or sample.tokens > room:
             passes.append([])
             room = budget_tokens
         passes[-1].append(sample)
-        room -= len(sample.ids)
+        room -= sample.tokens
     return passes

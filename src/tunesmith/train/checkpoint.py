@@ -3,6 +3,7 @@
 step-<n>/model/                what transformers or PEFT loads, with the tokenizer: can be served
          optimizer.safetensors
          random.safetensors
+         kept.safetensors      what the method measured before the first update, if anything
          state.json            step, data position, counts, plan
          manifest.json
 """
@@ -25,9 +26,10 @@ from tunesmith.spec.pipe import Checkpointed
 from tunesmith.train.failure import is_disk_full
 
 KIND = "checkpoint"
-_OPTIMIZER, _RANDOM, _STATE, _MODEL = (
+_OPTIMIZER, _RANDOM, _KEPT, _STATE, _MODEL = (
     "optimizer.safetensors",
     "random.safetensors",
+    "kept.safetensors",
     "state.json",
     "model",
 )
@@ -42,6 +44,7 @@ class Snapshot:
     optimizer: Mapping[str, Tensor]
     random: Mapping[str, Tensor]
     state: dict[str, Any]
+    kept: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Saved:
     optimizer: dict[str, Tensor]
     random: dict[str, Tensor]
     state: dict[str, Any]
+    kept: dict[str, Tensor]
 
     def weights(self) -> dict[str, Tensor]:
         return load_weights(self.folder / _MODEL)
@@ -120,6 +124,7 @@ def read(folder: Path) -> Saved:
             optimizer=load_file(folder / _OPTIMIZER),
             random=load_file(folder / _RANDOM),
             state=json.loads((folder / _STATE).read_bytes()),
+            kept=load_file(folder / _KEPT) if (folder / _KEPT).exists() else {},
         )
     except manifest.BrokenManifest as broken:
         raise _corrupt(str(broken)) from broken
@@ -139,6 +144,8 @@ def _fill(staging: Path, snapshot: Snapshot) -> None:
     snapshot.save_model(staging / _MODEL)
     save_file(_plain(snapshot.optimizer), staging / _OPTIMIZER)
     save_file(_plain(snapshot.random), staging / _RANDOM)
+    if snapshot.kept:
+        save_file(_plain(snapshot.kept), staging / _KEPT)
     body = json.dumps(snapshot.state, allow_nan=False, sort_keys=True)
     (staging / _STATE).write_text(body, encoding="utf-8")
 

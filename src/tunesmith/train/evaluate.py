@@ -1,50 +1,39 @@
-"""The loss on rows that are not trained on."""
+"""The loss on rows that are not trained on, and whatever else the method tells of them."""
 
-import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from tunesmith.nn.batch import flatten
-from tunesmith.nn.language import LanguageModel
-from tunesmith.spec.pipe import Plan
-from tunesmith.train.batches import Feed, Interrupted, split
+from tunesmith.train.batches import Feed, Interrupted
+from tunesmith.train.objective import Objective, means
 from tunesmith.train.parallel import Group
 from tunesmith.train.report import finite_only
 
-MOST_NATS = 700.0
-"""The exponential of more is no finite number."""
-
 
 def evaluate(
-    model: LanguageModel,
-    feed: Feed,
-    plan: Plan,
-    group: Group,
-    should_stop: Callable[[], bool],
+    objective: Objective[Any], feed: Feed[Any], group: Group, should_stop: Callable[[], bool]
 ) -> dict[str, float] | None:
-    """Loss and perplexity per label over one epoch of `feed`; None where a stop came meanwhile.
+    """`eval_` metrics over one epoch of `feed`; None where a stop came meanwhile.
 
-    No random number is drawn, and the model is left in training mode.
+    No random number is drawn: the model is to be out of training mode.
     """
-    loss, labels = 0.0, 0.0
-    model.eval()
+    loss, units = 0.0, 0
+    totals_M2 = torch.zeros(len(objective.names), 2, dtype=torch.float64)
     try:
         while feed.epoch == 0:
             if should_stop():
                 return None
-            for part in split(group.share(feed.take()), plan.micro_batch_tokens):
-                batch = flatten([(one.ids, one.mask) for one in part], plan.device)
-                with torch.no_grad():
-                    loss += float(model.loss_sum(batch))
-                labels += batch.labels
+            samples = feed.take()
+            units += objective.units(samples)
+            with torch.no_grad():
+                for measured in objective.passes(samples):
+                    loss += float(measured.loss)
+                    totals_M2 += measured.totals_M2.cpu()
     except Interrupted:
         return None
-    finally:
-        model.train()
-    loss, labels = group.add_up(loss, labels)
-    mean = loss / max(labels, 1)
-    perplexity = math.exp(min(mean, MOST_NATS))
-    return finite_only(
-        {"eval_loss": mean, "eval_perplexity": perplexity, "eval_tokens": int(labels)}
-    )
+    loss, *numbers = group.add_up(loss, *totals_M2.flatten().tolist())
+    mean = loss / max(units, 1)
+    told = {"loss": mean, **objective.told(means(objective.names, numbers))}
+    told |= objective.evaluated(mean, units)
+    return finite_only({f"eval_{name}": value for name, value in told.items()})

@@ -1,6 +1,7 @@
 """One training job from its task to its artifact."""
 
 import os
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,29 +12,34 @@ import torch
 
 from tunesmith.data.render import NOTICES, Renderer
 from tunesmith.data.rows import RowFault, RowIndex
-from tunesmith.errors import FailureClass, JobFailure
-from tunesmith.nn.language import LanguageModel, open_model
+from tunesmith.data.suited import refuse_unsuited
+from tunesmith.errors import FailureClass, JobFailure, ValidationError
+from tunesmith.nn.language import Model, open_scorer, open_with
+from tunesmith.nn.opening import Opening
 from tunesmith.spec.pipe import Finished, Notice, Plan, Started, Stopped, TrainerTask
-from tunesmith.spec.train import Lora, Sft
+from tunesmith.spec.train import Lora, Pretrain, Reward, Sft
 from tunesmith.train import artifact, checkpoint, plan, randomness, space
-from tunesmith.train.batches import Feed, Interrupted, Source
+from tunesmith.train.batches import Feed, Interrupted
 from tunesmith.train.checkpoint import Saved, Shelf
 from tunesmith.train.failure import is_disk_full
-from tunesmith.train.loop import Loop, Parts
+from tunesmith.train.loop import Evaluation, Loop, Parts
+from tunesmith.train.methods import Data, Method, Stage, ready
 from tunesmith.train.naming import name_base
+from tunesmith.train.objective import Ground
 from tunesmith.train.omissions import Omissions
 from tunesmith.train.parallel import Group
-from tunesmith.train.pretrain import BlockSource
 from tunesmith.train.process import Asks
 from tunesmith.train.report import Report
-from tunesmith.train.sft import Cut, RowSource, read_row
+from tunesmith.train.source import RowSource, read_row
+
+TELL_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Opened:
     """A task's inputs, opened."""
 
-    model: LanguageModel
+    model: Model
     renderer: Renderer
     rows: RowIndex
     eval_rows: RowIndex | None
@@ -51,7 +57,8 @@ class Job:
     ) -> None:
         self._task, self._spec, self._group = task, task.spec, group
         self._report, self._asks = report, asks
-        self._lora: Lora | None = task.spec.lora if isinstance(task.spec, Sft) else None
+        self._told_at = time.monotonic()
+        self._lora: Lora | None = None if isinstance(task.spec, Pretrain) else task.spec.lora
 
     def run(self) -> None:
         """Raises JobFailure, and whatever else goes wrong, for the caller to report."""
@@ -71,8 +78,12 @@ class Job:
     def _carry_out(self, opened: Opened, saved: Saved | None) -> None:
         self._wanted = space.Wanted.by(opened.model.trainable().values())
         self._check_room()
-        source = self._source(opened, opened.rows, self._spec.optim.seed)
-        loop = self._loop(opened, source)
+        try:
+            method, evaluation = self._methods(opened, saved)
+        except Interrupted:
+            self._report.send(Stopped(step=saved.state["counts"]["step"] if saved else 0))
+            return
+        loop = self._loop(opened, method, evaluation)
         if not self._group.is_first:  # another dropout than rank 0's
             randomness.seed_all(self._spec.optim.seed + self._group.rank)
         try:
@@ -83,7 +94,7 @@ class Job:
         except Interrupted:
             is_whole = False
         if is_whole:
-            self._finish(opened, loop, source)
+            self._finish(opened, loop, method)
         else:
             self._report.send(Stopped(step=loop.counts.step))
 
@@ -108,33 +119,42 @@ class Job:
         return plan.choose(self._task, self._group.size)
 
     def _open(self, files: ExitStack) -> Opened:
-        rows = files.enter_context(open_rows(self._task.inputs.dataset))
-        model = open_model(
-            self._task.inputs.model,
-            lora=self._lora,
-            precision=self._plan.precision,
-            device=self._plan.device,
-            compile=self._plan.compile,
-            seed=self._spec.optim.seed,
-            gradient_checkpointing=self._is_checkpointing,
-            quantization=self._spec.run.quantization,
-            from_scratch=getattr(self._spec, "from_scratch", False),
-        )
+        rows = files.enter_context(open_rows(self._task.inputs.dataset, self._spec.method))
+        model = self._open_model()
         evaluation = self._task.inputs.eval_dataset
         return Opened(
             model=model,
             renderer=self._renderer(rows),
             rows=rows,
-            eval_rows=None if evaluation is None else files.enter_context(open_rows(evaluation)),
+            eval_rows=None
+            if evaluation is None
+            else files.enter_context(open_rows(evaluation, self._spec.method)),
             max_length=self._max_length(model),
             named=self._task.inputs.named,
         )
 
+    def _open_model(self) -> Model:
+        spec, plan, folder = self._spec, self._plan, self._task.inputs.model
+        opening = Opening(
+            lora=self._lora,
+            precision=plan.precision,
+            device=plan.device,
+            should_compile=plan.compile,
+            seed=spec.optim.seed,
+            gradient_checkpointing=self._is_checkpointing,
+            quantization=spec.run.quantization,
+            from_scratch=isinstance(spec, Pretrain) and spec.from_scratch,
+            has_dropout=isinstance(spec, Sft | Pretrain),
+        )
+        return (
+            open_scorer(folder, opening) if isinstance(spec, Reward) else open_with(folder, opening)
+        )
+
     def _renderer(self, rows: RowIndex) -> Renderer:
         renderer = Renderer.load(Path(self._task.inputs.model))
-        if renderer.template is not None or not isinstance(self._spec, Sft):
+        if renderer.template is not None or isinstance(self._spec, Pretrain):
             return renderer
-        if rows.format in ("prompt_completion", "text") and not read_row(rows, 0).messages:
+        if not read_row(rows, 0).messages:
             return renderer
         renderer = renderer.with_fallback(rows.format)
         self._notice(
@@ -144,9 +164,9 @@ class Job:
         )
         return renderer
 
-    def _max_length(self, model: LanguageModel) -> int:
+    def _max_length(self, model: Model) -> int:
         spec = self._spec
-        asked = spec.max_length if isinstance(spec, Sft) else spec.sequence_length
+        asked = spec.sequence_length if isinstance(spec, Pretrain) else spec.max_length
         if asked <= model.context_length:
             return asked
         self._notice(
@@ -156,33 +176,58 @@ class Job:
         )
         return model.context_length
 
-    def _source(self, opened: Opened, rows: RowIndex, seed: int | None) -> Source:
-        def should_stop() -> bool:
-            return self._asks.should_stop and self._group.size == 1
+    def _methods(self, opened: Opened, saved: Saved | None) -> tuple[Method, Method | None]:
+        """Of the training and of the validation set."""
+        stage = Stage(
+            task=self._task,
+            plan=self._plan,
+            ground=Ground(
+                opened.model, self._plan.device, self._plan.micro_batch_tokens, self._group
+            ),
+            renderer=opened.renderer,
+            max_length=opened.max_length,
+            kept=saved.kept if saved is not None else {},
+            should_stop=lambda: self._asks.should_stop and self._group.size == 1,
+            tell=self._tell_measured,
+        )
+        inputs = self._task.inputs
+        rows = Data(opened.rows, inputs.dataset, self._spec.optim.seed, "train")
+        method = ready(stage, rows)
+        if opened.eval_rows is None or inputs.eval_dataset is None:
+            return method, None
+        return method, ready(stage, Data(opened.eval_rows, inputs.eval_dataset, None, "eval"))
 
-        if isinstance(self._spec, Sft):
-            cut = Cut(opened.max_length, self._spec.overlong, self._spec.train_on)
-            return RowSource(rows, opened.renderer, cut, seed, should_stop)
-        return BlockSource(rows, opened.renderer, opened.max_length, seed, should_stop)
+    def _tell_measured(self, done: int, steps: int) -> None:
+        """Now and then: a server takes a trainer that says nothing for dead."""
+        now = time.monotonic()
+        if done < steps and now - self._told_at < TELL_SECONDS:
+            return
+        self._told_at = now
+        message = f"measured what the model says before it is trained: {done} of {steps} steps"
+        self._report.send(Notice(level="info", code="reference", message=message))
 
-    def _loop(self, opened: Opened, source: Source) -> Loop:
+    def _loop(self, opened: Opened, method: Method, evaluation: Method | None) -> Loop:
         optim = self._spec.optim
         samples = optim.batch_size * optim.gradient_accumulation_steps * self._group.size
-        evaluated = opened.eval_rows
-        held_out = None if evaluated is None else self._source(opened, evaluated, None)
+        held_out = None
+        if evaluation is not None:
+            source = evaluation.source
+            held_out = Evaluation(evaluation.objective, lambda: Feed(source, samples))
         return Loop(
             Parts(
                 spec=self._spec,
                 plan=self._plan,
                 model=opened.model,
-                feed=Feed(source, samples),
-                evaluation=None if held_out is None else lambda: Feed(held_out, samples),
+                objective=method.objective,
+                feed=Feed(method.source, samples),
+                evaluation=held_out,
+                kept={**method.kept, **(evaluation.kept if evaluation is not None else {})},
                 shelf=self._shelf(),
                 save_model=lambda folder: save_model(opened, folder),
                 send=self._report.send,
                 asks=self._asks,
                 group=self._group,
-                after_first_epoch=lambda: self._tell_omissions(source),
+                after_first_epoch=lambda: self._tell_omissions(method),
             )
         )
 
@@ -209,12 +254,12 @@ class Job:
             )
         )
 
-    def _finish(self, opened: Opened, loop: Loop, source: Source) -> None:
+    def _finish(self, opened: Opened, loop: Loop, method: Method) -> None:
         if not self._group.is_first:
             return
         if not loop.is_total_exact:
-            self._tell_omissions(source)
-        record = self._record(opened, loop, source)
+            self._tell_omissions(method)
+        record = self._record(opened, loop, method)
         path, digest = self._write_artifact(opened, record)
         self._report.send(
             Finished(
@@ -244,7 +289,7 @@ class Job:
     def _shelf(self) -> Shelf:
         return Shelf(Path(self._task.attempt_dir), self._spec.run.keep_checkpoints)
 
-    def _record(self, opened: Opened, loop: Loop, source: Source) -> dict[str, Any]:
+    def _record(self, opened: Opened, loop: Loop, method: Method) -> dict[str, Any]:
         counts = loop.counts
         return {
             "job_id": self._task.job_id,
@@ -252,7 +297,7 @@ class Job:
             "plan": self._plan.model_dump(mode="json"),
             "base_model": self._task.inputs.name_of_model,
             "rows": len(opened.rows),
-            "omitted": omissions_of(source).state(),
+            "omitted": omissions_of(method).state(),
             "metrics": {
                 "steps": counts.step,
                 "samples": counts.samples,
@@ -264,8 +309,8 @@ class Job:
             },
         }
 
-    def _tell_omissions(self, source: Source) -> None:
-        omissions = omissions_of(source)
+    def _tell_omissions(self, method: Method) -> None:
+        omissions = omissions_of(method)
         for notice in sorted(omissions.notices):
             self._notice(notice, NOTICES[notice])
         if not omissions.counts:
@@ -277,18 +322,23 @@ class Job:
         self._report.send(Notice(level="warning", code=code, message=message, detail=detail or {}))
 
 
-def open_rows(path: str) -> RowIndex:
-    """Raises JobFailure(data_error) that names the line."""
+def open_rows(path: str, method: str) -> RowIndex:
+    """Raises JobFailure(data_error) that names the line, or the format that the method reads."""
     try:
         rows = RowIndex.open(Path(path))
     except RowFault as fault:
         raise JobFailure(FailureClass.DATA_ERROR, fault.message) from fault
     if not len(rows):
         raise JobFailure(FailureClass.DATA_ERROR, f"{Path(path).name} holds no row")
+    try:
+        refuse_unsuited(method, rows.format, Path(path).name)
+    except ValidationError as error:
+        raise JobFailure(FailureClass.DATA_ERROR, error.message) from error
     return rows
 
 
-def omissions_of(source: Source) -> Omissions:
+def omissions_of(method: Method) -> Omissions:
+    source = method.source
     return source.omissions if isinstance(source, RowSource) else Omissions()
 
 

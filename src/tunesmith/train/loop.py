@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,21 @@ from typing import Any
 import torch
 
 from tunesmith.errors import FailureClass, JobFailure
-from tunesmith.nn.batch import flatten
-from tunesmith.nn.language import LanguageModel
+from tunesmith.nn.language import Model
 from tunesmith.spec.pipe import Evaluated, Notice, Plan, Step, TrainerEvent
 from tunesmith.spec.train import TrainSpec
 from tunesmith.train import randomness
-from tunesmith.train.batches import Feed, Interrupted, Sample, split
+from tunesmith.train.batches import Feed, Interrupted, Sized
 from tunesmith.train.checkpoint import Saved, Shelf, Snapshot
 from tunesmith.train.counts import Counts
 from tunesmith.train.evaluate import evaluate
 from tunesmith.train.failure import is_disk_full
 from tunesmith.train.memory import peak_bytes
+from tunesmith.train.objective import Objective, means
 from tunesmith.train.optimizer import Optimizer
 from tunesmith.train.parallel import Group
 from tunesmith.train.process import Asks
-from tunesmith.train.report import finite
+from tunesmith.train.report import finite, finite_only
 from tunesmith.train.schedule import learning_rate
 
 BAD_STEPS = 3
@@ -36,9 +36,17 @@ class Pass:
     """What one step's passes over the model came to."""
 
     loss: float
-    """Mean over the step's labels."""
+    """Mean over the step's units: see `Objective`."""
     tokens: int
     labels: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    objective: Objective[Any]
+    feed: Callable[[], Feed[Any]]
+    """One at the beginning of the validation set."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +55,12 @@ class Parts:
 
     spec: TrainSpec
     plan: Plan
-    model: LanguageModel
-    feed: Feed
-    evaluation: Callable[[], Feed] | None
-    """A feed at the beginning of the validation set."""
+    model: Model
+    objective: Objective[Any]
+    feed: Feed[Any]
+    evaluation: Evaluation | None
+    kept: Mapping[str, torch.Tensor]
+    """Tensors that every checkpoint is to hold beside."""
     shelf: Shelf
     save_model: Callable[[Path], None]
     send: Callable[[TrainerEvent], None]
@@ -135,18 +145,25 @@ class Loop:
         self._give_up_on_bad_steps(done.loss, norm)
         return True
 
-    def _pass(self, samples: list[Sample]) -> Pass:
-        """Forward and backward over a step's samples; each label weighs the same."""
-        labels = sum(sample.labels for sample in samples)
+    def _pass(self, samples: Sequence[Sized]) -> Pass:
+        """Forward and backward over a step's samples; each unit weighs the same."""
+        objective = self._parts.objective
+        units = objective.units(samples)
         total: torch.Tensor | float = 0.0
-        for part in split(self._group.share(samples), self._parts.plan.micro_batch_tokens):
-            batch = flatten([(one.ids, one.mask) for one in part], self._parts.plan.device)
-            loss = self._model.loss_sum(batch) / labels
+        totals_M2 = torch.zeros(len(objective.names), 2, dtype=torch.float64)
+        for measured in objective.passes(samples):
+            loss = measured.loss / units
             loss.backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach().double()
-        [mean] = self._group.add_up(float(total))
+            totals_M2 = totals_M2.to(measured.totals_M2.device) + measured.totals_M2
+        mean, *numbers = self._group.add_up(float(total), *totals_M2.flatten().tolist())
         self._group.add_gradients(self._model.trainable().values())
-        return Pass(mean, sum(len(sample.ids) for sample in samples), labels)
+        return Pass(
+            loss=mean,
+            tokens=sum(sample.tokens for sample in samples),
+            labels=sum(sample.labels for sample in samples),
+            metrics=finite_only(objective.told(means(objective.names, numbers))),
+        )
 
     def _update(self, loss: float, rate: float) -> float:
         """Returns the gradient's norm. No weight changes where it or the loss is not finite."""
@@ -195,6 +212,7 @@ class Loop:
                 peak_memory_bytes=peak_bytes(self._parts.plan.device),
                 cpu_seconds=round(time.process_time(), 3),
                 eta_seconds=self.counts.seconds_for(self.total_steps - step),
+                metrics=done.metrics,
             )
         )
 
@@ -215,16 +233,17 @@ class Loop:
         return every is not None and self.counts.step % every == 0
 
     def _evaluate(self) -> None:
-        if self._parts.evaluation is None:
+        evaluation, asks = self._parts.evaluation, self._parts.asks
+        if evaluation is None:
             return
-        asks, plan = self._parts.asks, self._parts.plan
+        self._model.eval()
         metrics = evaluate(
-            self._model,
-            self._parts.evaluation(),
-            plan,
+            evaluation.objective,
+            evaluation.feed(),
             self._group,
             should_stop=lambda: asks.should_stop and self._group.size == 1,
         )
+        self._model.train()
         if metrics is not None:
             self.counts.metrics = metrics
             self._parts.send(Evaluated(step=self.counts.step, metrics=metrics))
@@ -254,6 +273,7 @@ class Loop:
             optimizer=self._optimizer.state(),
             random=self._group.gather(randomness.capture(self._parts.plan.device)),
             state=self._state(),
+            kept=self._parts.kept,
         )
 
     def _state(self) -> dict[str, Any]:

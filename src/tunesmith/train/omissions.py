@@ -12,6 +12,7 @@ REASONS = {
     "overlong": "longer than max_length",
     "truncated": "cut to max_length",
     "masked": "without a token to learn from",
+    "alike": "whose answers become the same tokens",
 }
 
 

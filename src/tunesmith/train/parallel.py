@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
-from tunesmith.train.batches import Sample
+from tunesmith.train.batches import S
 
 PATIENCE = timedelta(hours=6)
 """Rank 0 may be long in writing what the others do not write."""
@@ -33,11 +33,11 @@ class Group:
         """The one that speaks and writes."""
         return self.rank == 0
 
-    def share(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+    def share(self, samples: Sequence[S]) -> Sequence[S]:
         """This process's part of a step, dealt out by length so that all have about as much."""
         if self.size == 1:
             return samples
-        ordered = sorted(samples, key=lambda sample: len(sample.ids))
+        ordered = sorted(samples, key=lambda sample: sample.tokens)
         return ordered[self.rank :: self.size]
 
     def add_up(self, *numbers: float) -> list[float]:

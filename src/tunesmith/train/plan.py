@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from tunesmith.spec.pipe import Plan, TrainerTask
-from tunesmith.spec.train import Lora, Sft
+from tunesmith.spec.train import Lora, Pretrain
 
 CPU_MICRO_BATCH_TOKENS = 4096
 GPU_MICRO_BATCH_TOKENS = 16384
@@ -69,8 +69,12 @@ def needs_gradient_checkpointing(task: TrainerTask, plan: Plan, lora: Lora | Non
         return choice == "on"
     size = Size.of(Path(task.inputs.model))
     copies = 1 if lora is not None else 4
-    length = task.spec.max_length if isinstance(task.spec, Sft) else task.spec.sequence_length
-    tokens = max(plan.micro_batch_tokens, length)
+    spec = task.spec
+    if isinstance(spec, Pretrain):
+        sample = spec.sequence_length
+    else:
+        sample = spec.sequences_a_sample * spec.max_length
+    tokens = max(plan.micro_batch_tokens, sample)
     activations = 4 * 20 * tokens * size.hidden * size.layers
     return copies * size.weight_bytes + activations > 0.9 * _free_bytes(plan.device)
 

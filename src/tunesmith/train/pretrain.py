@@ -7,7 +7,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Row, RowIndex
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.train.batches import Interrupted, Sample, Shuffle
-from tunesmith.train.sft import read_row
+from tunesmith.train.source import read_row
 
 PROBES = 32
 """Documents encoded beforehand, spread over the file, to guess how many rows there will be."""

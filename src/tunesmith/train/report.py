@@ -41,8 +41,9 @@ def line_of(event: TrainerEvent) -> str:
         case Step():
             loss = "not finite" if event.loss is None else f"{event.loss:.4f}"
             left = "" if event.eta_seconds is None else f", {event.eta_seconds:,.0f} s left"
+            more = "".join(f", {name} {value:.4g}" for name, value in event.metrics.items())
             return (
-                f"step {event.step}/{event.total_steps}: loss {loss}, "
+                f"step {event.step}/{event.total_steps}: loss {loss}{more}, "
                 f"learning rate {event.learning_rate:.3g}, "
                 f"{event.tokens_per_second:,.0f} tokens/s{left}"
             )

@@ -1,146 +1,55 @@
-"""Supervised fine-tuning: rows of a file, encoded when their step comes."""
+"""Supervised fine-tuning and pretraining: every label is to become likely, each weighs the same."""
 
+import math
 from array import array
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
-from tunesmith.data.render import Encoded, Renderer, TemplateError
-from tunesmith.data.rows import Row, RowFault, RowIndex
-from tunesmith.errors import FailureClass, JobFailure, ValidationError
-from tunesmith.train.batches import Interrupted, Sample, Shuffle
-from tunesmith.train.omissions import Omissions
+from tunesmith.data.render import Renderer
+from tunesmith.data.rows import Row
+from tunesmith.nn.batch import flatten
+from tunesmith.nn.language import LanguageModel
+from tunesmith.train.batches import Sample
+from tunesmith.train.objective import Ground, Measured, Objective, totals
+from tunesmith.train.source import Cut, Notes, encode
 
-KEPT_TOKENS = 8 << 20
-"""Encoded tokens held for the next epoch (12 bytes each); rows beyond are encoded again."""
+MOST_NATS = 700.0
+"""The exponential of more is no finite number."""
 
 
 @dataclass(frozen=True)
-class Cut:
-    """What becomes of long rows, and what counts as a label."""
+class SampleReader:
+    """A row is a sample."""
 
-    max_length: int
-    overlong: Literal["drop", "truncate", "refuse"]
-    train_on: Literal["completions", "all"]
+    renderer: Renderer
+    cut: Cut
+    samples_a_row: int = 1
 
-
-class RowSource:
-    """The rows of a file in the order of (seed, epoch), or in the file's where seed is None."""
-
-    def __init__(
-        self,
-        rows: RowIndex,
-        renderer: Renderer,
-        cut: Cut,
-        seed: int | None,
-        should_stop: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.omissions = Omissions()
-        """Of the first epoch; the later ones leave out the same rows."""
-        self._rows, self._renderer, self._cut, self._seed = rows, renderer, cut, seed
-        self._should_stop = should_stop
-        self._kept: dict[int, Sample] = {}
-        self._room = KEPT_TOKENS
-        self._seen = 0
-        self._epoch = self._cursor = 0
-
-    def open(self, epoch: int, position: dict[str, Any] | None = None) -> None:
-        self._epoch, self._cursor = epoch, 0
-        if epoch == 0:
-            self._seen, self.omissions = 0, Omissions()
-        self._order = None if self._seed is None else Shuffle(len(self._rows), self._seed, epoch)
-        if position is not None:
-            self._cursor, self._seen = position["cursor"], position["seen"]
-            self.omissions = Omissions.restore(position["omissions"])
-
-    def position(self) -> dict[str, Any]:
-        return {
-            "cursor": self._cursor,
-            "seen": self._seen,
-            "omissions": self.omissions.state(),
-        }
-
-    def pull(self) -> Sample | None:
-        while self._cursor < len(self._rows):
-            index = self._order[self._cursor] if self._order else self._cursor
-            self._cursor += 1
-            self._seen += self._epoch == 0
-            sample = self._kept.get(index) or self._read(index)
-            if sample is not None:
-                return sample
-            if self._should_stop():
-                raise Interrupted
+    def read(self, row: Row, place: int, notes: Notes) -> Sample | None:
+        encoded = encode(self.renderer, row, self.cut.train_on, notes)
+        if encoded is None or not self.cut.fits(len(encoded.ids), row.line, notes):
+            return None
+        limit = self.cut.max_length
+        sample = Sample.of(array("i", encoded.ids[:limit]), encoded.mask[:limit])
+        if sample.labels:
+            return sample
+        notes.reasons.append("masked")
         return None
 
-    def expected(self) -> float:
-        if not self._seen:
-            return float(len(self._rows))
-        kept = self._seen - self.omissions.dropped
-        return max(1.0, len(self._rows) * kept / self._seen)
 
-    def nothing_usable(self) -> JobFailure:
-        left_out = self.omissions.sentence() or "the file holds no row"
-        return JobFailure(
-            FailureClass.DATA_ERROR,
-            f"no row can be trained on: {left_out}",
-            "every row needs an answer of the assistant with weight 1, inside max_length",
-        )
+@dataclass(frozen=True)
+class LabelLoss(Objective[Sample]):
+    """The mean over a step's labels of -log p(label | what stands before it)."""
 
-    def _read(self, index: int) -> Sample | None:
-        row = read_row(self._rows, index)
-        encoded = self._encode(row)
-        if encoded is None:
-            self._omit("masked", row.line)
-            return None
-        sample = self._fit(encoded, row.line)
-        if sample is None:
-            return None
-        if not sample.labels:
-            self._omit("masked", row.line)
-            return None
-        if len(sample.ids) <= self._room:
-            self._room -= len(sample.ids)
-            self._kept[index] = sample
-        return sample
+    ground: Ground[LanguageModel]
 
-    def _encode(self, row: Row) -> Encoded | None:
-        """None where nothing of the row can be learnt. Raises JobFailure(data_error)."""
-        try:
-            encoded = self._renderer.encode(row, self._cut.train_on)
-        except TemplateError as error:
-            raise JobFailure(
-                FailureClass.DATA_ERROR, f"line {row.line}: {error.message}"
-            ) from error
-        except ValidationError:
-            return None
-        if encoded.notice is not None:
-            self.omissions.notices.add(encoded.notice)
-        return encoded
+    def units(self, samples: Sequence[Sample]) -> int:
+        return sum(sample.labels for sample in samples)
 
-    def _fit(self, encoded: Encoded, line: int) -> Sample | None:
-        limit = self._cut.max_length
-        length = len(encoded.ids)
-        if length > limit and self._cut.overlong == "refuse":
-            raise JobFailure(
-                FailureClass.DATA_ERROR,
-                f"line {line}: {length:,} tokens, over max_length {limit:,}",
-                "shorten the row, raise max_length, or ask for overlong: drop or truncate",
-            )
-        if length > limit and self._cut.overlong == "drop":
-            self._omit("overlong", line)
-            return None
-        if length > limit:
-            self._omit("truncated", line)
-        return Sample.of(array("i", encoded.ids[:limit]), encoded.mask[:limit])
+    def passes(self, samples: Sequence[Sample]) -> Iterator[Measured]:
+        for part in self.ground.parts(samples):
+            batch = flatten([(one.ids, one.mask) for one in part], self.ground.device)
+            yield Measured(self.ground.model.loss_sum(batch), totals())
 
-    def _omit(self, reason: str, line: int) -> None:
-        if self._epoch == 0:
-            self.omissions.add(reason, line)
-
-
-def read_row(rows: RowIndex, index: int) -> Row:
-    """One row. Raises JobFailure(data_error) that names its line."""
-    try:
-        return rows[index]
-    except RowFault as fault:
-        raise JobFailure(FailureClass.DATA_ERROR, fault.message) from fault
+    def evaluated(self, loss: float, units: int) -> dict[str, float]:
+        return {"perplexity": math.exp(min(loss, MOST_NATS)), "tokens": units}

@@ -1,0 +1,144 @@
+"""Which samples and which objective each method has, made ready for its loop."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from tunesmith.data.render import Renderer
+from tunesmith.data.rows import RowIndex
+from tunesmith.spec.pipe import Plan, TrainerTask
+from tunesmith.spec.train import Cpo, Kto, Orpo, Preference, Pretrain, Reward, Sft, Simpo
+from tunesmith.train.batches import Feed, Source
+from tunesmith.train.kto import JudgedReader, KtoLoss
+from tunesmith.train.objective import Ground, Objective
+from tunesmith.train.pairs import PairReader
+from tunesmith.train.preference import CpoLoss, DpoLoss, OrpoLoss
+from tunesmith.train.pretrain import BlockSource
+from tunesmith.train.reference import Reference, key_of, walk
+from tunesmith.train.reward import RewardLoss
+from tunesmith.train.sft import LabelLoss, SampleReader
+from tunesmith.train.source import Cut, RowSource
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a method is made ready with."""
+
+    task: TrainerTask
+    plan: Plan
+    ground: Ground[Any]
+    renderer: Renderer
+    max_length: int
+    kept: Mapping[str, Tensor]
+    """From the checkpoint that is gone on from, if there is one."""
+    should_stop: Callable[[], bool]
+    tell: Callable[[int, int], None]
+    """Steps measured and to be measured before the first update."""
+
+    @property
+    def samples_a_step(self) -> int:
+        optim = self.task.spec.optim
+        return optim.batch_size * optim.gradient_accumulation_steps * self.ground.group.size
+
+
+@dataclass(frozen=True)
+class Data:
+    rows: RowIndex
+    path: str
+    seed: int | None
+    """Of the order; None is the file's own."""
+    name: str
+    """`train` or `eval`."""
+
+
+@dataclass(frozen=True)
+class Method:
+    source: Source[Any]
+    objective: Objective[Any]
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    """What every checkpoint is to hold."""
+
+
+def ready(stage: Stage, data: Data) -> Method:
+    """Raises Interrupted where a stop came while the reference was measured."""
+    match stage.task.spec:
+        case Sft() as spec:
+            reader = SampleReader(stage.renderer, _cut(stage, train_on=spec.train_on))
+            return Method(_rows(stage, data, reader), LabelLoss(stage.ground))
+        case Pretrain():
+            blocks = BlockSource(
+                data.rows, stage.renderer, stage.max_length, data.seed, stage.should_stop
+            )
+            return Method(blocks, LabelLoss(stage.ground))
+        case Preference() as spec:
+            pairs = _pairs(stage, data)
+            reference = _reference(stage, data, pairs.places)
+            return _measured(stage, data, pairs, DpoLoss(spec, stage.ground, reference))
+        case Kto() as spec:
+            judged = _judged(stage, data)
+            reference = _reference(stage, data, judged.places)
+            objective = KtoLoss(spec, stage.ground, reference, judged, stage.max_length)
+            return _measured(stage, data, judged, objective)
+        case Orpo() as spec:
+            return Method(_pairs(stage, data), OrpoLoss(spec, stage.ground))
+        case Cpo() | Simpo() as spec:
+            return Method(_pairs(stage, data), CpoLoss(spec, stage.ground))
+        case Reward() as spec:
+            return Method(_pairs(stage, data), RewardLoss(spec, stage.ground))
+
+
+def _cut(stage: Stage, **more: Any) -> Cut:
+    spec = stage.task.spec
+    assert not isinstance(spec, Pretrain)
+    return Cut(stage.max_length, spec.overlong, **more)
+
+
+def _rows(stage: Stage, data: Data, reader: Any) -> RowSource[Any]:
+    return RowSource(data.rows, reader, data.seed, stage.should_stop)
+
+
+def _pairs(stage: Stage, data: Data) -> RowSource[Any]:
+    return _rows(stage, data, PairReader(stage.renderer, _cut(stage)))
+
+
+def _judged(stage: Stage, data: Data) -> RowSource[Any]:
+    answers = 1 if data.rows.format == "unpaired" else 2
+    return _rows(stage, data, JudgedReader(stage.renderer, _cut(stage), answers))
+
+
+def _reference(stage: Stage, data: Data, places: int) -> Reference:
+    spec = stage.task.spec
+    decides = {
+        "method": spec.method,
+        "max_length": stage.max_length,
+        "overlong": _cut(stage).overlong,
+        "renderer": stage.renderer.digest,
+        "seed": data.seed,
+        "samples_a_step": stage.samples_a_step,
+        "steps": _steps(stage, data, places),
+        "plan": stage.plan.model_dump(mode="json"),
+    }
+    return Reference(places, key_of(stage.task, data.path, decides))
+
+
+def _steps(stage: Stage, data: Data, places: int) -> int:
+    """At least those that the first epoch will have: rows that are left out make it fewer."""
+    optim = stage.task.spec.optim
+    share = 1.0 if data.seed is None else min(1.0, optim.epochs)
+    steps = math.ceil(round(share * math.ceil(places / stage.samples_a_step), 6))
+    is_cut = data.seed is not None and optim.max_steps is not None
+    return min(steps, optim.max_steps) if is_cut and optim.max_steps else steps
+
+
+def _measured(
+    stage: Stage, data: Data, source: RowSource[Any], objective: DpoLoss | KtoLoss
+) -> Method:
+    reference = objective.reference
+    if not reference.restore(stage.kept, data.name):
+        feed = Feed(source, stage.samples_a_step)
+        steps = _steps(stage, data, source.places)
+        objective.measure(walk(feed, steps, stage.should_stop, stage.tell))
+    return Method(source, objective, reference.kept(data.name))

@@ -1,0 +1,163 @@
+"""Rows of a file, encoded when their step comes, in the order of (seed, epoch)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, Protocol
+
+from tunesmith.data.render import Encoded, Notice, Renderer, TemplateError, TrainOn
+from tunesmith.data.rows import Row, RowFault, RowIndex
+from tunesmith.errors import FailureClass, JobFailure, ValidationError
+from tunesmith.train.batches import Interrupted, S, S_co, Shuffle
+from tunesmith.train.omissions import Omissions
+
+KEPT_TOKENS = 8 << 20
+"""Encoded tokens held for the next epoch (12 bytes each); rows beyond are encoded again."""
+
+
+@dataclass
+class Notes:
+    """What reading a row brought up."""
+
+    reasons: list[str] = field(default_factory=list)
+    """Of `omissions.REASONS`."""
+    notices: set[Notice] = field(default_factory=set)
+
+
+class Reader(Protocol[S_co]):
+    """From rows to samples."""
+
+    samples_a_row: int
+
+    def read(self, row: Row, place: int, notes: Notes) -> S_co | None:
+        """The sample of a place: row `place // samples_a_row`, its first, second, … sample.
+
+        None where it is left out; `notes` then says why. Raises JobFailure(data_error).
+        """
+
+
+class RowSource(Generic[S]):
+    """The samples of a file in the order of (seed, epoch), or in the file's where seed is None."""
+
+    def __init__(
+        self,
+        rows: RowIndex,
+        reader: Reader[S],
+        seed: int | None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.omissions = Omissions()
+        """Of the first epoch; the later ones leave out the same rows."""
+        self.places = len(rows) * reader.samples_a_row
+        self._rows, self._reader, self._seed = rows, reader, seed
+        self._should_stop = should_stop
+        self._kept: dict[int, S] = {}
+        self._room = KEPT_TOKENS
+        self._seen = 0
+        self._epoch = self._cursor = 0
+
+    def open(self, epoch: int, position: dict[str, Any] | None = None) -> None:
+        self._epoch, self._cursor = epoch, 0
+        if epoch == 0:
+            self._seen, self.omissions = 0, Omissions()
+        self._order = None if self._seed is None else Shuffle(self.places, self._seed, epoch)
+        if position is not None:
+            self._cursor, self._seen = position["cursor"], position["seen"]
+            self.omissions = Omissions.restore(position["omissions"])
+
+    def position(self) -> dict[str, Any]:
+        return {
+            "cursor": self._cursor,
+            "seen": self._seen,
+            "omissions": self.omissions.state(),
+        }
+
+    def pull(self) -> S | None:
+        while self._cursor < self.places:
+            place = self._order[self._cursor] if self._order else self._cursor
+            self._cursor += 1
+            self._seen += self._epoch == 0
+            sample = self._kept.get(place) or self._read(place)
+            if sample is not None:
+                return sample
+            if self._should_stop():
+                raise Interrupted
+        return None
+
+    def sample(self, place: int) -> S:
+        """One that was pulled before."""
+        found = self._kept.get(place)
+        if found is None:
+            row = read_row(self._rows, place // self._reader.samples_a_row)
+            found = self._reader.read(row, place, Notes())
+        assert found is not None, f"place {place} holds no sample"
+        return found
+
+    def expected(self) -> float:
+        if not self._seen:
+            return float(self.places)
+        kept = self._seen - self.omissions.dropped
+        return max(1.0, self.places * kept / self._seen)
+
+    def nothing_usable(self) -> JobFailure:
+        left_out = self.omissions.sentence() or "the file holds no row"
+        return JobFailure(
+            FailureClass.DATA_ERROR,
+            f"no row can be trained on: {left_out}",
+            "every row needs an answer of the assistant with weight 1, inside max_length",
+        )
+
+    def _read(self, place: int) -> S | None:
+        row = read_row(self._rows, place // self._reader.samples_a_row)
+        notes = Notes()
+        sample = self._reader.read(row, place, notes)
+        self.omissions.notices |= notes.notices
+        for reason in notes.reasons if self._epoch == 0 else ():
+            self.omissions.add(reason, row.line)
+        if sample is not None and sample.tokens <= self._room:
+            self._room -= sample.tokens
+            self._kept[place] = sample
+        return sample
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What becomes of long rows, and what counts as a label."""
+
+    max_length: int
+    overlong: Literal["drop", "truncate", "refuse"]
+    train_on: TrainOn = "completions"
+
+    def fits(self, length: int, line: int, notes: Notes) -> bool:
+        """Whether a row of so many tokens is kept, cut or not. Raises JobFailure(data_error)."""
+        if length <= self.max_length:
+            return True
+        if self.overlong == "refuse":
+            raise JobFailure(
+                FailureClass.DATA_ERROR,
+                f"line {line}: {length:,} tokens, over max_length {self.max_length:,}",
+                "shorten the row, raise max_length, or ask for overlong: drop or truncate",
+            )
+        notes.reasons.append("overlong" if self.overlong == "drop" else "truncated")
+        return self.overlong == "truncate"
+
+
+def encode(renderer: Renderer, row: Row, train_on: TrainOn, notes: Notes) -> Encoded | None:
+    """None where nothing of the row can be learnt. Raises JobFailure(data_error)."""
+    try:
+        encoded = renderer.encode(row, train_on)
+    except TemplateError as error:
+        raise JobFailure(FailureClass.DATA_ERROR, f"line {row.line}: {error.message}") from error
+    except ValidationError:
+        notes.reasons.append("masked")
+        return None
+    if encoded.notice is not None:
+        notes.notices.add(encoded.notice)
+    return encoded
+
+
+def read_row(rows: RowIndex, index: int) -> Row:
+    """One row. Raises JobFailure(data_error) that names its line."""
+    try:
+        return rows[index]
+    except RowFault as fault:
+        raise JobFailure(FailureClass.DATA_ERROR, fault.message) from fault
