@@ -140,6 +140,20 @@ def test_watching_a_job_that_fails_is_code_five(wire: Wire, capsys: Output) -> N
     assert [json.loads(line)["type"] for line in lines] == ["queued", "failed"]
 
 
+def test_starting_preference_training_sends_what_was_said(wire: Wire, capsys: Output) -> None:
+    wire.on("POST /train/dpo", reply({"job_id": "a1b2c3d4", "status": "pending"}))
+    line = "train dpo -m outputs/sft -d 쌍.jsonl --beta 0.3 --loss ipo --set label_smoothing=0"
+    assert main(line.split()) == 0
+    assert capsys.readouterr().out == "a1b2c3d4\n"
+    assert wire.of("POST /train/dpo")[0].json == {
+        "model_name": "outputs/sft",
+        "dataset_path": "쌍.jsonl",
+        "beta": 0.3,
+        "loss": "ipo",
+        "label_smoothing": 0,
+    }
+
+
 def test_starting_a_job_sends_what_was_said(wire: Wire, capsys: Output, here: Path) -> None:
     wire.on("POST /train/sft", reply({"job_id": "a1b2c3d4", "status": "pending"}))
     wire.on("POST /upload/dataset", reply({"dataset_path": "data/행.jsonl", "num_samples": 2}))

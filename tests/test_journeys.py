@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from house import KEY, House, chats, open_house
+from train_fixtures import WORDS, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,48 @@ def test_a_job_continues_from_an_adapter_of_an_earlier_one(house: House, finishe
     assert house.wait_end(job_id)["status"] == "completed"
     config = json.loads((house.workspace / "outputs" / job_id / "adapter_config.json").read_text())
     assert Path(config["base_model_name_or_path"]) == house.workspace / "models" / "tiny"
+
+
+def test_preferences_are_learnt_on_the_output_of_a_fine_tune_and_answer_a_chat(
+    house: House, finished: str
+) -> None:
+    asked = [{"role": "user", "content": "강물 1"}]
+    rows = [
+        {
+            "prompt": asked,
+            "chosen": [{"role": "assistant", "content": WORDS[i % 7]}],
+            "rejected": [{"role": "assistant", "content": WORDS[i % 7 + 7]}],
+        }
+        for i in range(16)
+    ]
+    write_rows(house.workspace / "data" / "pairs.jsonl", rows)
+    body = {
+        "model_name": f"outputs/{finished}",
+        "dataset_path": "data/pairs.jsonl",
+        "learning_rate": 1e-3,
+        "suffix": "liked",
+    }
+    with house.client as client:
+        reply = client.post("/train/dpo", json=body)
+        assert reply.json()["message"] == "DPO training job created", reply.text
+        job_id = reply.json()["job_id"]
+        wrong = client.post("/train/dpo", json={**body, "dataset_path": "data/chat.jsonl"})
+        assert wrong.status_code == 422
+        assert '{"prompt", "chosen", "rejected"}' in wrong.json()["detail"]
+        wrong = client.post("/train/sft", json={**body, "dataset_path": "data/pairs.jsonl"})
+        assert wrong.status_code == 422
+        wrong = client.post("/train/dpo", json={**body, "loss": "ipo", "label_smoothing": 0.1})
+        assert wrong.status_code == 422
+    job = house.wait_end(job_id)
+    assert (job["status"], job["training_type"]) == ("completed", "dpo"), job
+    assert (job["config"]["beta"], job["config"]["num_epochs"]) == (0.1, 1)
+    assert {"rewards/margins", "rewards/accuracies", "logps/chosen"} <= job["metrics"].keys()
+    steps = [event["data"] for event in house.events(job_id) if event["type"] == "step"]
+    assert steps[0]["metrics"]["rewards/margins"] == 0
+    client = openai.OpenAI(api_key="test-key-001", base_url=house.url + "/v1", timeout=120)
+    name = f"ft:tiny:local:liked:{job_id}"
+    reply = client.chat.completions.create(model=name, messages=asked, max_tokens=2)
+    assert reply.choices[0].message.content is not None
 
 
 def test_a_full_fine_tune_is_a_model_of_its_own_named_after_its_root(

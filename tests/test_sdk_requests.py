@@ -55,6 +55,22 @@ def test_a_create_is_retried_with_one_idempotency_key(client: TuningClient, wire
     assert asked[2].json["num_epochs"] == 2
 
 
+def test_preference_training_is_asked_for_by_its_own_route(
+    client: TuningClient, wire: Wire
+) -> None:
+    wire.on("POST /train/dpo", drop, reply(CREATED))
+    created = client.jobs.train_dpo("outputs/sft", Path("쌍.jsonl"), beta=0.3, loss="ipo")
+    asked = wire.of("POST /train/dpo")
+    assert created.job_id == "a1b2c3d4"
+    assert len({one.headers["idempotency-key"] for one in asked}) == 1
+    assert asked[-1].json == {
+        "model_name": "outputs/sft",
+        "dataset_path": "쌍.jsonl",
+        "beta": 0.3,
+        "loss": "ipo",
+    }
+
+
 def test_two_creates_have_two_keys(client: TuningClient, wire: Wire) -> None:
     wire.on("POST /train/sft", reply(CREATED))
     client.jobs.train_sft("m", "d")

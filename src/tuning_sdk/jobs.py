@@ -37,9 +37,21 @@ class Jobs:
         own, however often it is sent. Raises NotFoundError, ValidationError, ConflictError.
         """
         body = {"model_name": model_name, "dataset_path": os.fspath(dataset_path), **fields}
-        key = idempotency_key or str(uuid.uuid4())
-        answer = self._transport.send(Call("POST", "/train/sft", json=body, idempotency_key=key))
-        return CreatedJob.of(answer)
+        return self._start("/train/sft", body, idempotency_key)
+
+    def train_dpo(
+        self,
+        model_name: str,
+        dataset_path: str | os.PathLike[str],
+        *,
+        idempotency_key: str | None = None,
+        **fields: Any,
+    ) -> CreatedJob:
+        """Start preference training on prompt, chosen and rejected; `fields` are those of POST
+        /train/dpo. `model_name` may be the output folder of an earlier job. See `train_sft`.
+        """
+        body = {"model_name": model_name, "dataset_path": os.fspath(dataset_path), **fields}
+        return self._start("/train/dpo", body, idempotency_key)
 
     def get(self, job_id: str) -> Job:
         return Job.of(self._transport.send(Call("GET", _path(job_id))))
@@ -142,6 +154,12 @@ class Jobs:
             if deadline is not None and time.monotonic() + poll_interval > deadline:
                 raise TimeoutError(f"job {job_id} is still {job.status} after {timeout} seconds")
             self._transport.sleep(poll_interval)
+
+    def _start(self, path: str, body: dict[str, Any], key: str | None) -> CreatedJob:
+        key = key or str(uuid.uuid4())
+        return CreatedJob.of(
+            self._transport.send(Call("POST", path, json=body, idempotency_key=key))
+        )
 
     def _open_events(self, job_id: str, after: int) -> Iterator[EventLine]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}

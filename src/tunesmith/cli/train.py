@@ -1,5 +1,6 @@
-"""`train SPEC.yaml` here and now without a server, and `train sft` as a job of a server."""
+"""`train SPEC.yaml` here and now without a server, `train sft` and `dpo` as jobs of a server."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +14,13 @@ if TYPE_CHECKING:
     from typer._click import Context
 
     from tuning_sdk import TuningClient
+    from tuning_sdk.models import CreatedJob
 
 _HERE = "here"
 
 
 class _SpecOrCommand(TyperGroup):
-    """`train sft …` is a command; whatever else follows `train` belongs to a spec file."""
+    """`train sft …` and `train dpo …` are commands; whatever else follows is a spec file."""
 
     def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in {"--help", "-h"}:
@@ -73,34 +75,48 @@ def train_here(
         raise typer.Exit(Foreground.prepare(spec, target, fresh).run(as_json))
 
 
+Model = Annotated[str, typer.Option("-m", "--model", help="A folder, a name, a hub id.")]
+Dataset = Annotated[str, typer.Option("-d", "--dataset", help="A file or a name.")]
+OutputDir = Annotated[str | None, typer.Option(help="Where the model goes.")]
+EvalDataset = Annotated[str | None, typer.Option(help="For validation.")]
+BatchSize = Annotated[int | None, typer.Option(help="Default 4.")]
+LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr")]
+MaxLength = Annotated[int | None, typer.Option(help="Tokens.")]
+UseLora = Annotated[bool | None, typer.Option("--lora/--full", help="Adapters or all.")]
+LoraRank = Annotated[int | None, typer.Option(help="The adapters' rank.")]
+Seed = Annotated[int | None, typer.Option()]
+Upload = Annotated[
+    bool, typer.Option("--upload", help="Send the data set's file to the server first.")
+]
+Wait = Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")]
+
+
 @train.command("sft")
 def train_sft(
-    model: Annotated[str, typer.Option("-m", "--model", help="A folder, a name, a hub id.")],
-    dataset: Annotated[str, typer.Option("-d", "--dataset", help="A file or a name.")],
-    output_dir: Annotated[str | None, typer.Option(help="Where the model goes.")] = None,
-    eval_dataset: Annotated[str | None, typer.Option(help="For validation.")] = None,
+    model: Model,
+    dataset: Dataset,
+    output_dir: OutputDir = None,
+    eval_dataset: EvalDataset = None,
     epochs: Annotated[float | None, typer.Option(help="Default 3.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Default 4.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens.")] = None,
-    lora: Annotated[bool | None, typer.Option("--lora/--full", help="Adapters or all.")] = None,
-    lora_r: Annotated[int | None, typer.Option(help="The adapters' rank.")] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    max_length: MaxLength = None,
+    lora: UseLora = None,
+    lora_r: LoraRank = None,
+    seed: Seed = None,
     more: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of POST /train/sft."),
     ] = None,
-    upload: Annotated[
-        bool, typer.Option("--upload", help="Send the data set's file to the server first.")
-    ] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
+    upload: Upload = False,
+    wait: Wait = False,
     server: ServerOption = None,
     api_key: KeyOption = None,
     workspace: WorkspaceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Start supervised fine-tuning on the server."""
-    fields: dict[str, Any] = {
+    fields = {
         "output_dir": output_dir,
         "eval_dataset_path": eval_dataset,
         "num_epochs": epochs,
@@ -112,17 +128,74 @@ def train_sft(
         "seed": seed,
         **_assignments(more or []),
     }
-    fields = {name: value for name, value in fields.items() if value is not None}
     with client_for(server, api_key, workspace) as client:
-        path = _uploaded(client, dataset) if upload else dataset
-        created = client.jobs.train_sft(model, path, **fields)
-        if as_json:
-            show_json(created.model_dump(mode="json"))
-        else:
-            show(created.job_id)
-            tell(created.message)
-        if wait:
-            raise typer.Exit(_follow(client, created.job_id, as_json))
+        _start(client, client.jobs.train_sft, (model, dataset), fields, (upload, wait, as_json))
+
+
+@train.command("dpo")
+def train_dpo(
+    model: Model,
+    dataset: Dataset,
+    output_dir: OutputDir = None,
+    eval_dataset: EvalDataset = None,
+    beta: Annotated[float | None, typer.Option(help="Default 0.1.")] = None,
+    loss: Annotated[str | None, typer.Option(help="Default sigmoid.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Default 1.")] = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    max_length: MaxLength = None,
+    lora: UseLora = None,
+    lora_r: LoraRank = None,
+    seed: Seed = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of POST /train/dpo."),
+    ] = None,
+    upload: Upload = False,
+    wait: Wait = False,
+    server: ServerOption = None,
+    api_key: KeyOption = None,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start preference training (DPO) on the server, on prompt, chosen and rejected."""
+    fields = {
+        "output_dir": output_dir,
+        "eval_dataset_path": eval_dataset,
+        "beta": beta,
+        "loss": loss,
+        "num_epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "max_length": max_length,
+        "use_lora": lora,
+        "lora_r": lora_r,
+        "seed": seed,
+        **_assignments(more or []),
+    }
+    with client_for(server, api_key, workspace) as client:
+        _start(client, client.jobs.train_dpo, (model, dataset), fields, (upload, wait, as_json))
+
+
+def _start(
+    client: "TuningClient",
+    submit: Callable[..., "CreatedJob"],
+    inputs: tuple[str, str],
+    fields: dict[str, Any],
+    ways: tuple[bool, bool, bool],
+) -> None:
+    """`inputs`: model and data set; `ways`: upload, wait, as JSON. Fields of None are left out."""
+    (model, dataset), (upload, wait, as_json) = inputs, ways
+    given = {name: value for name, value in fields.items() if value is not None}
+    path = _uploaded(client, dataset) if upload else dataset
+    created = submit(model, path, **given)
+    if as_json:
+        show_json(created.model_dump(mode="json"))
+    else:
+        show(created.job_id)
+        tell(created.message)
+    if wait:
+        raise typer.Exit(_follow(client, created.job_id, as_json))
     suggest(f"tunesmith jobs watch {created.job_id}")
 
 

@@ -128,6 +128,16 @@ Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 """The share of pairs whose order is taken to be wrong."""
 
 
+def check_pair_loss(loss: PairLoss, label_smoothing: float, length_normalised: bool) -> None:
+    """Raises ValueError where an option means nothing to the loss, or lacks."""
+    if label_smoothing and loss not in {"sigmoid", "robust", "exo_pair"}:
+        raise ValueError(f"label_smoothing means nothing to the loss {loss}; leave it 0")
+    if loss == "exo_pair" and not label_smoothing:
+        raise ValueError("the loss exo_pair needs a label_smoothing above 0, such as 0.001")
+    if length_normalised and loss not in {"sigmoid", "robust", "hinge", "ipo"}:
+        raise ValueError(f"the loss {loss} is not defined with length_normalised")
+
+
 class Preference(Comparing):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) and its kin.
 
@@ -147,12 +157,7 @@ class Preference(Comparing):
 
     @model_validator(mode="after")
     def _check_loss(self) -> "Preference":
-        if self.label_smoothing and self.loss not in {"sigmoid", "robust", "exo_pair"}:
-            raise ValueError(f"label_smoothing means nothing to the loss {self.loss}; leave it 0")
-        if self.loss == "exo_pair" and not self.label_smoothing:
-            raise ValueError("the loss exo_pair needs a label_smoothing above 0, such as 0.001")
-        if self.length_normalised and self.loss not in {"sigmoid", "robust", "hinge", "ipo"}:
-            raise ValueError(f"the loss {self.loss} is not defined with length_normalised")
+        check_pair_loss(self.loss, self.label_smoothing, self.length_normalised)
         return self
 
 

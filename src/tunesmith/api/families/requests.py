@@ -1,0 +1,189 @@
+"""What the training contract's routes are asked: fields in its own words, and what they mean."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tunesmith.errors import BadRequestError
+from tunesmith.spec.strict import Name
+from tunesmith.spec.train import (
+    MAX_LENGTH_LIMIT,
+    Lora,
+    Optim,
+    PairLoss,
+    Preference,
+    PreferenceOptim,
+    Run,
+    Sft,
+    Target,
+    check_pair_loss,
+)
+
+
+def _epochs(default: float) -> Any:
+    return Field(default, gt=0, le=10_000, description="passes over the data")
+
+
+def _learning_rate(default: float) -> Any:
+    return Field(default, gt=0, le=10, description="the peak of the schedule")
+
+
+class TuningRequest(BaseModel):
+    """What to train, on what, and how. Unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    model_name: Name = Field(
+        description="a local folder (a full model, or a LoRA adapter made by an earlier job), "
+        "a registered name, or a hub id",
+        examples=["gpt2"],
+    )
+    dataset_path: Name = Field(
+        description="a .json array or a .jsonl file, in the workspace or uploaded",
+        examples=["data/my_dataset.json"],
+    )
+    output_dir: Name | None = Field(
+        None, description="where the trained model goes; outputs/<job_id> where left out"
+    )
+    num_epochs: float = _epochs(3)
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        le=100_000_000,
+        description="optimizer steps; may end before num_epochs",
+    )
+    batch_size: int = Field(4, ge=1, le=65_536, description="samples per device and step")
+    learning_rate: float = _learning_rate(2e-5)
+    use_lora: bool = Field(True, description="train low-rank adapters; false trains every weight")
+    max_length: int = Field(
+        1024,
+        ge=8,
+        le=MAX_LENGTH_LIMIT,
+        description="tokens of a sample; the model's own context holds where it is shorter",
+    )
+    overlong: Literal["drop", "truncate", "refuse"] = Field(
+        "drop", description="what becomes of a longer sample; it is counted and reported always"
+    )
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, le=65_536, description="batches whose gradients make one optimizer step"
+    )
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of the steps that warm up")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="AdamW's")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how the learning rate falls after the warm-up"
+    )
+    seed: int = Field(42, ge=0, le=2**31 - 1, description="of shuffling, dropout and new adapters")
+    lora_r: int = Field(8, ge=1, le=1024, description="the adapters' rank")
+    lora_alpha: float = Field(16, gt=0, le=65_536, description="adapters are scaled by alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="before the adapters")
+    lora_target_modules: (
+        Literal["all-linear"] | Annotated[list[Target], Field(min_length=1, max_length=256)]
+    ) = Field("all-linear", description="module names as PEFT takes them, or all linear layers")
+    load_in_4bit: bool = Field(False, description="the base in 4 bits (needs a GPU)")
+    load_in_8bit: bool = Field(False, description="the base in 8 bits (needs a GPU)")
+    devices: int = Field(
+        1, ge=1, le=1024, description="GPUs that share each step (on a CPU: processes)"
+    )
+    eval_dataset_path: Name | None = Field(None, description="held-out data, same formats")
+    logging_steps: int = Field(1, ge=1, le=1_000_000, description="steps between reported losses")
+    save_steps: int | None = Field(
+        None, ge=1, le=100_000_000, description="steps between checkpoints; also every minute"
+    )
+    resume_from: Name | None = Field(
+        None, description="a checkpoint folder of an earlier job to go on from"
+    )
+    priority: int = Field(0, ge=-1000, le=1000, description="higher goes first, then older")
+    suffix: str | None = Field(
+        None, max_length=64, pattern=r"^[\w.\-]+$", description="part of the tuned model's name"
+    )
+
+    def _tuning(self) -> dict[str, Any]:
+        """The fields that every method has in its specification, but for `optim`."""
+        if self.load_in_4bit and self.load_in_8bit:
+            raise BadRequestError("load_in_4bit and load_in_8bit exclude each other")
+        targets = self.lora_target_modules
+        lora = Lora(
+            rank=self.lora_r,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            targets=targets if isinstance(targets, str) else tuple(targets),
+        )
+        return {
+            "model": self.model_name,
+            "dataset": self.dataset_path,
+            "eval_dataset": self.eval_dataset_path,
+            "max_length": self.max_length,
+            "overlong": self.overlong,
+            "lora": lora if self.use_lora else None,
+            "run": self._run(),
+        }
+
+    def _optim(self) -> dict[str, Any]:
+        return {
+            "learning_rate": self.learning_rate,
+            "epochs": self.num_epochs,
+            "max_steps": self.max_steps,
+            "batch_size": self.batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "scheduler": self.lr_scheduler,
+            "warmup_ratio": self.warmup_ratio,
+            "weight_decay": self.weight_decay,
+            "seed": self.seed,
+        }
+
+    def _run(self) -> Run:
+        bits: Literal["4bit", "8bit"] | None = "8bit" if self.load_in_8bit else None
+        return Run(
+            quantization="4bit" if self.load_in_4bit else bits,
+            devices=self.devices,
+            logging_steps=self.logging_steps,
+            save_steps=self.save_steps,
+        )
+
+
+class SftRequest(TuningRequest):
+    """Supervised fine-tuning."""
+
+    train_on: Literal["completions", "all"] = Field(
+        "completions", description="learn the answers only, or every token"
+    )
+
+    def to_spec(self) -> Sft:
+        """Raises BadRequestError."""
+        return Sft(**self._tuning(), optim=Optim(**self._optim()), train_on=self.train_on)
+
+
+class DpoRequest(TuningRequest):
+    """Direct preference optimisation, on prompt, chosen and rejected."""
+
+    num_epochs: float = _epochs(1)
+    learning_rate: float = _learning_rate(5e-7)
+    beta: float = Field(
+        0.1, gt=0, le=1000, description="how dear it is to leave the model as it was"
+    )
+    loss: PairLoss = Field("sigmoid", description="what is made of a pair's log-ratios")
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="share of pairs taken to be the wrong way round (sigmoid, robust, exo_pair)",
+    )
+    length_normalised: bool = Field(
+        False, description="log-ratios for each token of an answer; always so with ipo"
+    )
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> "DpoRequest":
+        check_pair_loss(self.loss, self.label_smoothing, self.length_normalised)
+        return self
+
+    def to_spec(self) -> Preference:
+        """Raises BadRequestError."""
+        return Preference(
+            **self._tuning(),
+            optim=PreferenceOptim(**self._optim()),
+            loss=self.loss,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            length_normalised=self.length_normalised,
+        )
