@@ -1,4 +1,4 @@
-"""Training speed against TRL's SFTTrainer: python bench/train.py [--steps N] [--rounds N] …
+"""Training speed against TRL's trainers: python bench/train.py [--method dpo] [--steps N] …
 
 Useful tokens (padding does not count) in a CPU second, both sides on the same samples with the same
 updates, each in a process of its own, taking turns within a round. Prints a table, writes a JSON.
@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import dpo
 from pipe import Side
 from workload import BATCH, SAMPLES, Work, samples, useful_flops_per_token, write_models
 
@@ -69,12 +70,17 @@ def main() -> None:
     chosen = [one for one in VARIANTS if not asked.variants or one.name in asked.variants]
     with tempfile.TemporaryDirectory() as folder:
         models = write_models(Path(folder))
-        sides = {"trl": Side("peers.py", asked.threads), "ours": Side("ours.py", asked.threads)}
-        rounds = [_round(chosen, sides, models, asked) for _ in range(asked.rounds)]
-        for side in sides.values():
-            side.close()
-    report = summarise(rounds, asked)
-    _print(report)
+        if asked.method == "dpo":
+            report = dpo.run(asked, models)
+            dpo.show(report)
+        else:
+            sides = {"trl": Side("peers.py", asked.threads), "ours": Side("ours.py", asked.threads)}
+            rounds = [_round(chosen, sides, models, asked) for _ in range(asked.rounds)]
+            for side in sides.values():
+                side.close()
+            report = summarise(rounds, asked)
+            _print(report)
+    _print_bars(report)
     asked.json.parent.mkdir(parents=True, exist_ok=True)
     asked.json.write_text(json.dumps(report, indent=1))
     raise SystemExit(0 if all(line["is_met"] for line in report["bars"]) else 1)
@@ -82,14 +88,17 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--method", choices=["sft", "dpo"], default="sft")
     parser.add_argument("--steps", type=int, default=6, help="measured, of each variant and round")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the clock starts")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variants", nargs="*", choices=[one.name for one in VARIANTS])
-    out = Path(__file__).parent / "out" / "train.json"
-    parser.add_argument("--json", type=Path, default=out)
-    return parser.parse_args()
+    parser.add_argument("--json", type=Path, help="out/train.json, or out/dpo.json")
+    asked = parser.parse_args()
+    name = "train.json" if asked.method == "sft" else f"{asked.method}.json"
+    asked.json = asked.json or Path(__file__).parent / "out" / name
+    return asked
 
 
 def _round(
@@ -213,6 +222,9 @@ def _print(report: dict[str, Any]) -> None:
     for one in report["variants"]:
         if one["name"].endswith("compiled"):
             print(f"{one['name']}: CPU s before the clock {one['before_clock_cpu_seconds']}")
+
+
+def _print_bars(report: dict[str, Any]) -> None:
     print()
     for bar in report["bars"]:
         verdict = "met   " if bar["is_met"] else "MISSED"

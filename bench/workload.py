@@ -11,6 +11,9 @@ SHORTEST, LONGEST = 20, 512
 PAD, END = 0, 1
 BATCH = 8
 """Samples in a step."""
+PAIRS = 4
+"""Pairs in a step."""
+BETA = 0.1
 LEARNING_RATE = 2e-5
 RANK, ALPHA = 8, 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -29,6 +32,29 @@ def samples(seed: int = 0) -> list[Sample]:
         prompt = max(2, int(length * dice.uniform(0.2, 0.5)))
         ids = [dice.randrange(2, VOCABULARY) for _ in range(length - 1)] + [END]
         made.append((ids, [place >= prompt for place in range(length)]))
+    return made
+
+
+@dataclass(frozen=True)
+class PairSample:
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+def pair_samples(seed: int = 0) -> list[PairSample]:
+    """The chosen one is a sample; the rejected answer is as long as another sample's, at most."""
+    dice = random.Random(seed)
+    made = []
+    for ids, mask in samples(seed):
+        start = mask.index(True)
+        length = max(2, min(LONGEST - start, int((len(ids) - start) * dice.uniform(0.5, 1.5))))
+        other = [dice.randrange(2, VOCABULARY) for _ in range(length - 1)] + [END]
+        made.append(PairSample(ids[:start], ids[start:], other))
     return made
 
 
