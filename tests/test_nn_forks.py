@@ -49,7 +49,7 @@ def test_answers_that_share_nothing_are_laid_out_apart() -> None:
     assert flatten_forks(FORKS, is_shared=False).flat.runs is None
 
 
-MODELS = [name for name in LEAN if name != "llama, yarn rope"] + ["gemma", "gemma2", "phi3"]
+MODELS = [*LEAN, "gemma", "gemma2", "phi3"]
 
 
 @pytest.mark.parametrize("name", MODELS)
