@@ -259,15 +259,21 @@ class Storm:
     # the end
 
     def settle(self) -> None:
-        """Until every job has ended. What has not by then, the checker tells of."""
+        """Until every job has ended and all that is owed has come. What has not by then, the
+        checker tells of."""
         deadline = time.monotonic() + END_SECONDS
         while time.monotonic() < deadline:
             self.fleet.revive()
             with suppress(Exception):
-                if not self.rows.unfinished() and not self.rows.ask(_OWED):
+                if not (self.rows.unfinished() or self.rows.ask(_OWED) or self._receipts()):
                     return
             self.progress(self.killed + self.done["zombie"], self.kills + self.zombies, "settling")
             time.sleep(0.3)
+
+    def _receipts(self) -> bool:
+        """Whether a worker still has an outcome to tell."""
+        places = (place / ".tunesmith" for place in self.fleet.workspaces)
+        return any(any(place.glob("jobs/*/attempts/*/exit.json")) for place in places)
 
     def idle_orphans(self) -> list[str]:
         """With no job left, no trainer may be."""

@@ -1,11 +1,12 @@
 """How an attempt ends, and what becomes of its job: the table of states, in one place."""
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, or_, select, update
+from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.engine import Connection, RowMapping
 
 from tunesmith.errors import FailureClass
@@ -263,6 +264,13 @@ def reap(
         jobs.c.state == JobState.STOPPING.value, jobs.c.stop_deadline < now() - overdue_seconds
     )
     return _take_back(tx, or_(is_lapsed, is_overdue), retry, limit)
+
+
+def next_lapse(tx: Connection) -> float:
+    """Seconds until the first lease that is running lapses; infinite where none is."""
+    held = and_(jobs.c.state.in_(HELD), jobs.c.lease_until >= now())
+    left = tx.scalar(select(func.min(jobs.c.lease_until) - now()).where(held))
+    return math.inf if left is None else float(left)
 
 
 def forget_boot(

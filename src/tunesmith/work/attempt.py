@@ -383,6 +383,7 @@ class Attempt:
         report = Report(worker_id=self.worker_id, events=batch)
         orders = await self.wire.ask(f"{self.path}/report", report, Orders, self.job.token, 30)
         is_taken = self._spool.accept(orders.accepted_n)
+        self.staging.note_known([one.event for one in batch if one.n <= orders.accepted_n])
         self._obey(orders)
         return is_full and is_taken
 
