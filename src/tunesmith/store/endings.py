@@ -72,7 +72,7 @@ def finish(
     retry = Retry(max_lapses, backoff_seconds)
     verdict = _judge(row, outcome, retry)
     is_oom = verdict.failure_class is FailureClass.OOM_HOST and not row["stop_mode"]
-    if is_oom and not _has_failed_so(tx, job_id):
+    if is_oom and row["lapses"] + 1 < retry.max_lapses and not _has_failed_so(tx, job_id):
         verdict = replace(verdict, state=JobState.QUEUED, reason="failure")
     settled = _settle(tx, row, verdict, rows.is_current(fence), outcome, promote, retry)
     if settled is None:
