@@ -99,7 +99,7 @@ def test_a_grandchild_that_holds_the_pipes_does_not_hold_the_job(bench: Bench) -
 def test_a_stalled_trainer_leaves_its_stacks_in_the_log(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunesmith.work.attempt.DUMP_SECONDS", 0.5)
+    monkeypatch.setattr("tunesmith.work.trainer.DUMP_SECONDS", 0.5)
     bench.stall_seconds = 1
     script = """
 import faulthandler
@@ -244,7 +244,7 @@ step(1); time.sleep(600)
         seen = len(api.events)
         await until(lambda: len(api.events) > seen)
         api.orders = {"stop": "cancel", "stop_in_seconds": 600}
-        await until(lambda: attempt._halt.is_set())
+        await until(lambda: attempt.trainer.halt.is_set())
         attempt.nudge()
         attempt.stop(600)
         api.orders = {"stop": "force"}
@@ -270,7 +270,7 @@ def test_a_fenced_attempt_is_killed_and_says_no_more(bench: Bench) -> None:
 
     async def drive(attempt: Any, task: Any) -> None:
         await until(lambda: bench.api.events)
-        pids.append(attempt._child.pid)
+        pids.append(attempt.trainer.child.pid)
         bench.api.answer = 409, json.dumps(said)
 
     driven(bench, "signal.signal(15, signal.SIG_IGN); step(1); time.sleep(600)", drive)
