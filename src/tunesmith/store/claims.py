@@ -6,7 +6,7 @@ import math
 import secrets as random
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, and_, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, func, insert, or_, select, update
 from sqlalchemy.engine import Connection, RowMapping
 
 from tunesmith.errors import AuthenticationError
@@ -17,6 +17,14 @@ from tunesmith.store.tables import HELD, UNFINISHED, attempts, jobs, now, secret
 
 FRESH_SECONDS = 15.0
 """An idle worker's row is written again after so long."""
+_ATTEMPT = select(attempts).where(
+    attempts.c.job_id == bindparam("job"), attempts.c.fence == bindparam("of")
+)
+_TOKEN = _ATTEMPT.with_only_columns(attempts.c.token_sha256)
+_CLAIM = select(attempts).where(
+    attempts.c.worker_id == bindparam("by"), attempts.c.claim_id == bindparam("claim")
+)
+_SECRET = select(secrets.c.value).where(secrets.c.name == "attempts")
 
 
 @dataclass(frozen=True)
@@ -135,10 +143,8 @@ def _open_attempt(tx: Connection, row: RowMapping, ask: WorkAsk, gpus: tuple[int
 
 
 def _find_claim(tx: Connection, ask: WorkAsk) -> RowMapping | None:
-    query = select(attempts).where(
-        attempts.c.worker_id == ask.worker_id, attempts.c.claim_id == ask.claim_id
-    )
-    return tx.execute(query).mappings().first()
+    asked = {"by": ask.worker_id, "claim": ask.claim_id}
+    return tx.execute(_CLAIM, asked).mappings().first()
 
 
 def _repeat(tx: Connection, attempt: RowMapping) -> Claimed | None:
@@ -208,10 +214,7 @@ def unfit(tx: Connection, needs: Needs, within_seconds: float = 120) -> bool:
 
 def check_token(tx: Connection, job_id: str, fence: int, token: str) -> None:
     """Raises AuthenticationError where `token` is not the one of that attempt."""
-    query = select(attempts.c.token_sha256).where(
-        attempts.c.job_id == job_id, attempts.c.fence == fence
-    )
-    expected = tx.scalar(query) or ""
+    expected = tx.scalar(_TOKEN, {"job": job_id, "of": fence}) or ""
     given = hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
     if not hmac.compare_digest(given, expected):
         raise AuthenticationError("this token is not the one of that attempt")
@@ -219,10 +222,10 @@ def check_token(tx: Connection, job_id: str, fence: int, token: str) -> None:
 
 def _token(tx: Connection, job_id: str, fence: int, claim_id: str) -> str:
     """Made from a secret of this database, so that a repeated claim brings it again."""
-    key = tx.scalar(select(secrets.c.value).where(secrets.c.name == "attempts"))
+    key = tx.scalar(_SECRET)
     if key is None:
         rows.add_once(tx, secrets, {"name": "attempts", "value": random.token_bytes(32)})
-        key = tx.scalar(select(secrets.c.value).where(secrets.c.name == "attempts"))
+        key = tx.scalar(_SECRET)
         assert key is not None
     digest = hmac.new(key, f"{job_id}:{fence}:{claim_id}".encode(), hashlib.sha256)
     return "at-" + digest.hexdigest()
@@ -274,8 +277,7 @@ def started_at() -> object:
 
 
 def _own_attempt(tx: Connection, job_id: str, fence: int, worker_id: str) -> RowMapping:
-    query = select(attempts).where(attempts.c.job_id == job_id, attempts.c.fence == fence)
-    attempt = tx.execute(query).mappings().first()
+    attempt = tx.execute(_ATTEMPT, {"job": job_id, "of": fence}).mappings().first()
     if attempt is None or attempt["worker_id"] != worker_id:
         raise rows.fenced(job_id, fence)
     return attempt
