@@ -5,15 +5,25 @@ import hmac
 import math
 import secrets as random
 from dataclasses import dataclass
+from functools import cache
 
-from sqlalchemy import ColumnElement, and_, bindparam, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, bindparam, func, insert, or_, select, update
 from sqlalchemy.engine import Connection, RowMapping
 
 from tunesmith.errors import AuthenticationError
 from tunesmith.spec.hands import MAX_WAITING, Capacity, Orders, WaitingJob, WorkAsk
 from tunesmith.spec.records import CheckpointRow, Job, JobState, Needs, StopMode
 from tunesmith.store import events, reservations, rows
-from tunesmith.store.tables import HELD, UNFINISHED, attempts, jobs, now, secrets, workers
+from tunesmith.store.tables import (
+    HELD,
+    UNFINISHED,
+    attempts,
+    is_held,
+    jobs,
+    now,
+    secrets,
+    workers,
+)
 
 FRESH_SECONDS = 15.0
 """An idle worker's row is written again after so long."""
@@ -106,11 +116,19 @@ def _is_claimable() -> ColumnElement[bool]:
 def _next_fitting(
     tx: Connection, free: reservations.Room, only: str | None = None
 ) -> RowMapping | None:
-    on_gpus = and_(jobs.c.needs_gpus > 0, jobs.c.needs_gpus <= len(free.gpus))
-    on_cpu = and_(jobs.c.needs_gpus == 0, jobs.c.needs_memory_bytes <= free.memory_bytes)
-    fits = or_(on_gpus, on_cpu) if free.slots else on_gpus
     if not free.slots and not free.gpus:
         return None
+    asked = {"gpus": len(free.gpus), "memory": free.memory_bytes, "only": only}
+    query = _fitting(free.slots > 0, only is not None)
+    return tx.execute(query, asked).mappings().first()
+
+
+@cache
+def _fitting(has_slots: bool, is_one: bool) -> Select[tuple[str, int, int]]:
+    """The next job for so many `gpus` and so much `memory`; with `is_one`, the job `only`."""
+    on_gpus = and_(jobs.c.needs_gpus > 0, jobs.c.needs_gpus <= bindparam("gpus"))
+    on_cpu = and_(jobs.c.needs_gpus == 0, jobs.c.needs_memory_bytes <= bindparam("memory"))
+    fits = or_(on_gpus, on_cpu) if has_slots else on_gpus
     query = (
         select(jobs.c.id, jobs.c.fence, jobs.c.needs_gpus)
         .where(_is_claimable(), fits)
@@ -118,9 +136,7 @@ def _next_fitting(
         .limit(1)
         .with_for_update(skip_locked=True)
     )
-    if only is not None:
-        query = query.where(jobs.c.id == only)
-    return tx.execute(query).mappings().first()
+    return query.where(jobs.c.id == bindparam("only")) if is_one else query
 
 
 def _open_attempt(tx: Connection, row: RowMapping, ask: WorkAsk, gpus: tuple[int, ...]) -> Claimed:
@@ -300,7 +316,7 @@ def _orders(tx: Connection, row: RowMapping, lease_seconds: float, last_n: int) 
 def request_checkpoint(tx: Connection, job_id: str, owner: str | None = None) -> Job:
     """Ask a held job for a checkpoint soon; the wish goes with the next one accepted."""
     row = rows.lock(tx, job_id, owner)
-    guard = jobs.c.state.in_(HELD)
+    guard = is_held()
     return rows.to_job(rows.change(tx, job_id, guard, [], should_checkpoint=True) or row)
 
 
@@ -317,8 +333,7 @@ def grant_grace(
     Nothing waits for longer than it could have been told to: `grace_seconds` to stop,
     `backoff_seconds` to be tried again.
     """
-    is_held = jobs.c.state.in_(HELD)
-    held = update(jobs).where(is_held).values(lease_until=now() + lease_seconds)
+    held = update(jobs).where(is_held()).values(lease_until=now() + lease_seconds)
     count = tx.execute(held).rowcount
     for column, most in (
         (jobs.c.stop_deadline, grace_seconds),

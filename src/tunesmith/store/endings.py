@@ -14,7 +14,7 @@ from tunesmith.manifest import MANIFEST, Manifest
 from tunesmith.spec.pipe import Checkpointed
 from tunesmith.spec.records import Job, JobState, Outcome, StopMode
 from tunesmith.store import events, rows
-from tunesmith.store.tables import HELD, attempts, jobs, now
+from tunesmith.store.tables import attempts, is_held, jobs, now
 
 MAX_BACKOFF_SECONDS = 300.0
 OVERDUE_SECONDS = 60.0
@@ -268,7 +268,7 @@ def reap(
 
 def next_lapse(tx: Connection) -> float:
     """Seconds until the first lease that is running lapses; infinite where none is."""
-    held = and_(jobs.c.state.in_(HELD), jobs.c.lease_until >= now())
+    held = and_(is_held(), jobs.c.lease_until >= now())
     left = tx.scalar(select(func.min(jobs.c.lease_until) - now()).where(held))
     return math.inf if left is None else float(left)
 
@@ -288,7 +288,7 @@ def forget_boot(
 
 def queue_again(tx: Connection, reason: str) -> list[Job]:
     """Take back all that any worker had: it counts as no lapse. What was stopping has stopped."""
-    taken, guard, retry = [], jobs.c.state.in_(HELD), Retry(1, 0.0)
+    taken, guard, retry = [], is_held(), Retry(1, 0.0)
     for row in tx.execute(select(jobs).where(guard)).mappings().all():
         verdict = _lost(row, retry) if row["stop_mode"] else Verdict(JobState.QUEUED, reason)
         settled = _settle(tx, row, verdict, guard, None, None, retry)
@@ -304,7 +304,7 @@ def _take_back(
     limit: int,
     kept: Collection[tuple[str, int]] = (),
 ) -> list[Job]:
-    guard = and_(jobs.c.state.in_(HELD), is_lost)
+    guard = and_(is_held(), is_lost)
     query = (
         select(jobs)
         .where(guard)

@@ -21,9 +21,9 @@ from tunesmith.errors import FencedError, NotFoundError
 from tunesmith.spec.records import Job, JobState
 from tunesmith.store import outbox, prepared
 from tunesmith.store.tables import (
-    HELD,
     attempts,
     events,
+    is_held,
     jobs,
     now,
     quotas,
@@ -37,6 +37,7 @@ Line = tuple[str, dict[str, Any]]
 """Type and data of an event."""
 
 _ADD_EVENT = insert(events).values(at=now())
+_HAS_LAPSED = and_(jobs.c.state == JobState.QUEUED.value, jobs.c.requeue_reason == LAPSE)
 _FIND = select(jobs).where(jobs.c.id == bindparam("job_id"))
 _LOCK = _FIND.with_for_update()
 _RELEASE = delete(reservations).where(reservations.c.holder == bindparam("holder"))
@@ -109,8 +110,7 @@ def as_seen(row: RowMapping) -> ColumnElement[bool]:
 
 def is_current(fence: int) -> ColumnElement[bool]:
     """The guard of a worker's write: its attempt holds the job, or may take it back."""
-    lapsed = and_(jobs.c.state == JobState.QUEUED.value, jobs.c.requeue_reason == LAPSE)
-    return and_(jobs.c.fence == fence, or_(jobs.c.state.in_(HELD), lapsed))
+    return and_(jobs.c.fence == fence, or_(is_held(), _HAS_LAPSED))
 
 
 def change(
