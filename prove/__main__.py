@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from rich.console import Console
@@ -27,13 +28,19 @@ PROOFS = {
     "parity": "losses and weights across kills",
     "torn": "kills while a checkpoint is written, flipped bytes",
     "cancel": "cancels against claims, steps and ends",
+    "broker": "Redis down, flushed, and saying things six times",
     "recovery": "how soon things are back",
     "sse": "many subscribers, with reconnects",
-    "broker": "Redis down, flushed, and saying things six times",
     "submissions": "durable submissions over HTTP",
     "listing": "a hundred of ten thousand jobs",
 }
+BESIDE = ("sim",)
+"""Want processors and nothing else: at the lowest priority, beside those that come first."""
+TIMED = ("recovery", "sse", "submissions", "listing")
+"""Nothing runs beside these: they measure seconds."""
 DATABASES = ("sqlite", "postgresql")
+QUIET_SECONDS = 15.0
+"""Between two words of how far it is, where nobody sees the line that shows it."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,38 +50,53 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = 150
-    proven = []
-    for name in names:
+    proven: list[Proven] = []
+
+    def run(name: str) -> None:
         folder = Path(tempfile.mkdtemp(prefix=f"prove-{name}-")).resolve()
         setting = Setting(folder, chosen.seed, chosen.long, databases, chosen.scale)
-        proven.append(prove(name, setting, console))
+        proven.append(prove(name, setting, line))
         write(chosen.out, setting, proven)
+
+    with _line(console) as line, ThreadPoolExecutor(len(BESIDE)) as pool:
+        beside = [pool.submit(run, name) for name in names if name in BESIDE]
+        for name in (name for name in names if name not in BESIDE):
+            if name in TIMED:
+                wait(beside)
+            run(name)
     print_table(console, proven)
     console.print(f"written to {chosen.out}")
     return 0 if all(one.result.is_met for one in proven) else 1
 
 
-def prove(name: str, setting: Setting, console: Console) -> Proven:
+def prove(name: str, setting: Setting, line: Progress) -> Proven:
     """One proof, with a line that shows how far it is. A proof that breaks off has failed."""
-    started = time.monotonic()
-    with _line(console) as line:
-        task = line.add_task(PROOFS[name], total=None, note="")
+    started = heard = time.monotonic()
+    task = line.add_task(PROOFS[name], total=None, note="")
+    is_seen = line.console.is_terminal
 
-        def show(done: int, total: int, note: str) -> None:
-            line.update(task, completed=done, total=total, note=note)
+    def show(done: int, total: int, note: str) -> None:
+        nonlocal heard
+        line.update(task, completed=done, total=total, note=note)
+        if not is_seen and time.monotonic() - heard > QUIET_SECONDS:
+            heard = time.monotonic()
+            line.console.print(f"{name}: {done}/{total} {note}, {heard - started:.0f} s")
 
-        try:
-            run: Callable[..., Result] = importlib.import_module(f"prove.{name}").run
-            result = run(setting, show)
-        except (Exception, SystemExit) as error:
-            traceback.print_exc()
-            told = f"broke off: {type(error).__name__}: {error}"
-            result = Result((Figure("comes to an end", "yes", told[:200], False),))
+    try:
+        run: Callable[..., Result] = importlib.import_module(f"prove.{name}").run
+        result = run(setting, show)
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        told = f"broke off: {type(error).__name__}: {error}"
+        result = Result((Figure("comes to an end", "yes", told[:200], False),))
+    took = time.monotonic() - started
+    line.stop_task(task)
+    line.console.print(f"{name}: {'met' if result.is_met else '[red]missed'}, {took:.0f} s")
     if result.is_met:
         shutil.rmtree(setting.folder, ignore_errors=True)
     else:
-        console.print(f"[red]{name}: a bar was missed; its remains are in {setting.folder}")
-    return Proven(name, result, time.monotonic() - started)
+        line.console.print(f"[red]{name}: its remains are in {setting.folder}")
+    return Proven(name, result, took)
 
 
 def _line(console: Console) -> Progress:

@@ -1,6 +1,7 @@
 """A house and more worker hosts, each with a home of its own, whose parts may be killed at will."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -70,6 +71,8 @@ class Fleet:
     hosts: list[Host]
     cluster: Postgres | None = None
     """Where the house stands on PostgreSQL."""
+    second: House | None = None
+    """Another API of the same house, which PostgreSQL allows."""
 
     @property
     def workspaces(self) -> tuple[Path, ...]:
@@ -79,15 +82,25 @@ class Fleet:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.house.port}"
 
+    @property
+    def apis(self) -> list[House]:
+        return [self.house] if self.second is None else [self.house, self.second]
+
+    @property
+    def urls(self) -> list[str]:
+        return [f"http://127.0.0.1:{api.port}" for api in self.apis]
+
     def living(self, *roles: str) -> list[Process]:
         found = living(*self.workspaces)
         return [one for one in found if not roles or one.role in roles]
 
     def revive(self) -> None:
-        """Start what has ended: the API, and the hosts beside it. The house's own worker is the
-        API's affair."""
-        if self.house.process is None or self.house.process.poll() is not None:
+        """Start what has ended: the APIs, and the hosts beside them. The house's own worker is the
+        first API's affair."""
+        if _has_ended(self.house):
             self.house.start()
+        if self.second is not None and _has_ended(self.second):
+            self.second.start("api", "--no-worker")
         for host in self.hosts:
             if host.has_ended:
                 host.start()
@@ -101,7 +114,8 @@ class Fleet:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 if host.process is not None:
                     host.process.wait(PATIENCE)
-        self.house.stop()
+        for api in reversed(self.apis):
+            api.stop()
         left = self.living()
         self.kill()
         return left
@@ -110,18 +124,28 @@ class Fleet:
         found = self.living()
         for process in found:
             os.kill(process.pid, 9) if process.is_alive else None
-        for popen in (self.house.process, *(host.process for host in self.hosts)):
+        for popen in (one.process for one in (*self.apis, *self.hosts)):
             if popen is not None and popen.poll() is None:
                 popen.kill()
                 popen.wait()
         wait_until_gone({process.pid for process in found}, PATIENCE)
 
 
+def _has_ended(api: House) -> bool:
+    return api.process is None or api.process.poll() is not None
+
+
 @contextlib.contextmanager
 def open_fleet(
-    folder: Path, database: str, hosts: int = 2, arguments: tuple[str, ...] = (), **over: str
+    folder: Path,
+    database: str,
+    hosts: int = 2,
+    arguments: tuple[str, ...] = (),
+    apis: int = 1,
+    **over: str,
 ) -> Iterator[Fleet]:
-    """A house on `sqlite` or `postgresql` in `folder`, with so many hosts beside it."""
+    """A house on `sqlite` or `postgresql` in `folder`, with so many hosts beside it; on PostgreSQL
+    it may have two APIs, and the hosts take turns at them."""
     with _database(folder, database) as cluster:
         url = {"TUNESMITH_DATABASE_URL": cluster.database()} if cluster else {}
         pace = PACE | over | url
@@ -132,11 +156,14 @@ def open_fleet(
         house.start(*arguments)
         token = (house.home / "worker.token").read_text().strip()
         fleet = Fleet(house, [], cluster)
+        if apis > 1 and cluster is not None:
+            fleet.second = House(place, pace, port=free_port())
         try:
             for number in range(hosts):
                 home = folder.resolve() / f"host-{number + 1}"
                 home.mkdir()
-                fleet.hosts.append(Host(home, fleet.url, token, pace))
+                url = fleet.urls[number % len(fleet.urls)]
+                fleet.hosts.append(Host(home, url, token, pace))
             fleet.revive()
             yield fleet
         finally:
@@ -153,10 +180,11 @@ def _database(folder: Path, kind: str) -> Iterator[Postgres | None]:
 
 
 class Client:
-    """Asks the API until it answers: it may be down, frozen, or on its way up."""
+    """Asks the APIs in turn until one answers: it may be down, frozen, or on its way up."""
 
-    def __init__(self, url: str) -> None:
-        self._http = httpx2.Client(base_url=url, timeout=15, headers=KEY, trust_env=False)
+    def __init__(self, *urls: str) -> None:
+        self._http = httpx2.Client(timeout=15, headers=KEY, trust_env=False)
+        self._urls = itertools.cycle(urls)
         self.server_errors: list[str] = []
         """Answers with 500: never right, whatever was killed."""
 
@@ -166,7 +194,7 @@ class Client:
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             with contextlib.suppress(httpx2.HTTPError):
-                reply = self._http.post(path, json=body, headers=headers)
+                reply = self._http.post(next(self._urls) + path, json=body, headers=headers)
                 if reply.status_code == 500:
                     self._note(f"POST {path}: {reply.text[:300]}")
                 if reply.status_code < 500 and reply.status_code != 429:

@@ -51,7 +51,7 @@ def storm(
 ) -> Result:
     """With so many hosts beside the house's own; one that is frozen needs another to take over."""
     folder = setting.inner(database)
-    with closing(Receiver()) as receiver, open_fleet(folder, database, hosts) as fleet:
+    with closing(Receiver()) as receiver, open_fleet(folder, database, hosts, apis=2) as fleet:
         raging = Storm(fleet, setting.dice(database), kills, zombies, database, progress)
         raging.listen(receiver)
         raging.rage()
@@ -97,7 +97,7 @@ class Storm:
     ledger: Ledger = field(default_factory=Ledger)
 
     def __post_init__(self) -> None:
-        self.client = Client(self.fleet.url)
+        self.client = Client(*self.fleet.urls)
         self.rows = Rows.of(self.fleet.house)
         self._is_over = threading.Event()
         self._failure: Exception | None = None
@@ -152,10 +152,13 @@ class Storm:
     def _kill(self, role: str) -> None:
         icy = {process.pid for one in self.frozen for process in one.processes}
         found = [one for one in self.fleet.living(role) if one.pid not in icy]
-        if found and self.dice.choice(found).send(signal.SIGKILL):
-            self.done[role] += 1
-        if role == "api" and self.fleet.house.process is not None:
-            self.fleet.house.process.wait()
+        if not found:
+            return
+        chosen = self.dice.choice(found)
+        self.done[role] += chosen.send(signal.SIGKILL)
+        for api in self.fleet.apis:
+            if api.process is not None and api.process.pid == chosen.pid:
+                api.process.wait()
 
     def _disturb(self) -> None:
         kind = self.dice.choice(["stop worker", "stop api", "freeze api", "crash database"])
@@ -173,11 +176,14 @@ class Storm:
         self.done[kind] += 1
 
     def _hold_api(self, seconds: float) -> None:
-        """All leases run out meanwhile, and nobody but the API is to blame."""
-        for process in self.fleet.living("api"):
+        """All of them, so that leases run out and the workers are not to blame; or one of them."""
+        held = self.fleet.living("api")
+        if held and self.dice.random() < 0.5:
+            held = [self.dice.choice(held)]
+        for process in held:
             process.send(signal.SIGSTOP)
-            time.sleep(seconds)
-            process.send(signal.SIGCONT)
+        time.sleep(seconds)
+        _thaw(held)
 
     # zombies
 
@@ -259,15 +265,21 @@ class Storm:
     # the end
 
     def settle(self) -> None:
-        """Until every job has ended. What has not by then, the checker tells of."""
+        """Until every job has ended and all that is owed has come. What has not by then, the
+        checker tells of."""
         deadline = time.monotonic() + END_SECONDS
         while time.monotonic() < deadline:
             self.fleet.revive()
             with suppress(Exception):
-                if not self.rows.unfinished() and not self.rows.ask(_OWED):
+                if not (self.rows.unfinished() or self.rows.ask(_OWED) or self._receipts()):
                     return
             self.progress(self.killed + self.done["zombie"], self.kills + self.zombies, "settling")
             time.sleep(0.3)
+
+    def _receipts(self) -> bool:
+        """Whether a worker still has an outcome to tell."""
+        places = (place / ".tunesmith" for place in self.fleet.workspaces)
+        return any(any(place.glob("jobs/*/attempts/*/exit.json")) for place in places)
 
     def idle_orphans(self) -> list[str]:
         """With no job left, no trainer may be."""

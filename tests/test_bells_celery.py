@@ -73,12 +73,12 @@ def test_without_a_broker_jobs_are_taken_and_run(bells: Bells) -> None:
 def test_kill_9_takes_all_along_and_the_host_s_other_celery_worker_goes_on(bells: Bells) -> None:
     """Two of them, in different pools, share one worker."""
     house = bells.house
-    job_id = long_job(bells)
-    trainer, worker = house.trainer(job_id), house.worker()
-    seen = bells.ready_times()
+    worker, seen = house.worker(), bells.ready_times()
     bells.start_celery("--pool", "threads", "-c", "2", "-n", "둘@%h")
     bells.wait_ready(seen + 1)
     assert house.children("tunesmith.work.worker") == [worker]
+    job_id = long_job(bells)
+    trainer = house.trainer(job_id)
     owner = psutil.Process(worker.ppid())
     family = [trainer, *owner.children(recursive=True)]
     house.kill(owner)

@@ -121,6 +121,38 @@ def test_everything_killed_at_once_goes_on_after_a_start(house: House) -> None:
     check_history(house, job_id)
 
 
+def test_a_worker_that_dies_after_a_long_absence_of_the_api_costs_no_checkpoint_it_had_told(
+    house: House,
+) -> None:
+    """The trainer has let go of many since, which nobody will ever hear of."""
+    job_id = house.submit(num_epochs=10_000, save_steps=5)
+    house.wait_event(job_id, "checkpointed")
+    assert house.process is not None
+    house.process.kill()
+    house.process.wait()
+    shelf = house.home / "jobs" / job_id / "attempts" / "1" / "checkpoints"
+    seen: set[str] = set()
+
+    def look() -> bool:
+        seen.update(path.name for path in shelf.glob("step-*"))
+        return len(seen) > 8
+
+    house.wait(look)
+    house.kill(*house.children())
+    house.wait(lambda: not house.children())
+    house.start()
+
+    def starts() -> list[dict[str, Any]]:
+        return [event for event in house.events(job_id) if event["type"] == "started"]
+
+    house.wait(lambda: len(starts()) > 1)
+    told = {event["data"]["step"] for event in checkpoints(house, job_id) if event["fence"] == 1}
+    assert starts()[1]["data"]["start_step"] == max(told)
+    with house.client as client:
+        client.post(f"/jobs/{job_id}/cancel", params={"force": True})
+    house.wait_end(job_id)
+
+
 def test_a_server_that_is_stopped_leaves_no_process_and_goes_on_later(house: House) -> None:
     job_id = long_job(house)
     house.stop()

@@ -13,7 +13,7 @@ import pytest
 from api_fixtures import ASKED, ONE, make_workspace, open_door
 from house import House, open_house
 from tunesmith.work import memory
-from tunesmith.work.attempt import MAX_COMPLAINTS
+from tunesmith.work.trainer import MAX_COMPLAINTS
 from work_fixtures import Api, Bench, an_api
 
 

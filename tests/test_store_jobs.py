@@ -599,6 +599,16 @@ def test_a_job_whose_host_ran_out_of_memory_is_tried_once_more(ledger: Ledger) -
     check_history(ledger, job.id)
 
 
+def test_memory_that_runs_out_at_the_last_try_is_the_end(ledger: Ledger) -> None:
+    """One more try is granted, but not beyond those that any job has."""
+    job = ledger.submit()
+    for fence, failure in enumerate((FailureClass.SIGNAL, FailureClass.OOM_HOST), 1):
+        ledger.claim()
+        ended = ledger.finish(job.id, fence, failed(failure), max_lapses=2)
+        ledger.clock.pass_by(600)
+    assert (ended.state, ended.failure_class) == (JobState.FAILED, FailureClass.OOM_HOST)
+
+
 def test_a_job_that_kills_every_attempt_is_given_up_in_words(ledger: Ledger) -> None:
     job = ledger.submit()
     for fence in (1, 2, 3):

@@ -16,7 +16,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.rows import RowIndex
 from tunesmith.errors import FailureClass, JobFailure, NotFoundError
 from tunesmith.nn.language import open_model
-from tunesmith.spec.pipe import Inputs, Plan
+from tunesmith.spec.pipe import KNOWN, Inputs, Plan
 from tunesmith.spec.train import Lora, Pretrain, Run
 from tunesmith.train.batches import Shuffle
 from tunesmith.train.failure import tell
@@ -358,6 +358,17 @@ def test_only_the_newest_checkpoints_are_kept(place):
     events = run_here(place.task(spec))
     folder = Path(events.of("checkpointed")[0]["path"]).parent
     assert sorted(path.name for path in folder.iterdir()) == ["step-5", "step-6"]
+
+
+def test_the_newest_checkpoint_that_the_api_knows_of_stays_beside_them(place):
+    spec = sft(max_steps=6, run=Run(save_steps=1, keep_checkpoints=2, save_seconds=3600))
+    task = place.task(spec)
+    known = Path(task.attempt_dir, KNOWN)
+    known.parent.mkdir(parents=True)
+    known.write_text("step-3")
+    run_here(task)
+    kept = sorted(path.name for path in known.parent.glob("step-*"))
+    assert kept == ["step-3", "step-5", "step-6"]
 
 
 @pytest.mark.parametrize("lora", [None, Lora(rank=4, dropout=0.3)], ids=["full", "lora"])

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tunesmith.spec.hands import EngineOrder
+from tunesmith.spec.pipe import KNOWN
 from tunesmith.work import engines as engines_module
 from tunesmith.work import fork
 from tunesmith.work.engines import Engines
@@ -98,7 +99,7 @@ def test_a_grandchild_that_holds_the_pipes_does_not_hold_the_job(bench: Bench) -
 def test_a_stalled_trainer_leaves_its_stacks_in_the_log(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tunesmith.work.attempt.DUMP_SECONDS", 0.5)
+    monkeypatch.setattr("tunesmith.work.trainer.DUMP_SECONDS", 0.5)
     bench.stall_seconds = 1
     script = """
 import faulthandler
@@ -136,6 +137,35 @@ def test_a_log_that_cannot_be_written_is_an_outcome(bench: Bench) -> None:
     outcome = bench.run("finish()")
     assert outcome["failure_class"] == "infra_lost"
     assert "cannot start" in outcome["message"]
+
+
+def test_the_trainer_is_told_which_checkpoint_the_api_knows_of(bench: Bench) -> None:
+    """Once it is stored there, not when it is said."""
+    api, known = bench.api, bench.folder / "attempts" / "1" / KNOWN
+
+    async def drive(attempt: Any, task: Any) -> None:
+        await until(known.exists)
+        assert known.read_text() == "step-1"
+        api.answer = 503, ""
+        (bench.folder / "on").touch()
+        await until(lambda: len(attempt._spool) == 2)
+        assert known.read_text() == "step-1"
+        api.answer = None
+        await until(lambda: known.read_text() == "step-3")
+        (bench.folder / "off").touch()
+
+    made = 'type="checkpointed", manifest_sha256="0" * 64, size_bytes=1'
+    script = f"""
+os.makedirs(task["attempt_dir"] + "/checkpoints", exist_ok=True)
+def save(n): say(step=n, path=task["attempt_dir"] + f"/checkpoints/step-{{n}}", {made})
+save(1)
+while not os.path.exists("{bench.folder}/on"): time.sleep(0.01)
+save(2); save(3)
+while not os.path.exists("{bench.folder}/off"): time.sleep(0.01)
+finish(3)
+"""
+    driven(bench, script, drive)
+    assert [outcome["kind"] for outcome in api.outcomes] == ["succeeded"]
 
 
 def test_a_flood_of_log_stays_under_the_cap_and_does_not_hold_the_trainer_up(bench: Bench) -> None:
@@ -214,7 +244,7 @@ step(1); time.sleep(600)
         seen = len(api.events)
         await until(lambda: len(api.events) > seen)
         api.orders = {"stop": "cancel", "stop_in_seconds": 600}
-        await until(lambda: attempt._halt.is_set())
+        await until(lambda: attempt.trainer.halt.is_set())
         attempt.nudge()
         attempt.stop(600)
         api.orders = {"stop": "force"}
@@ -240,7 +270,7 @@ def test_a_fenced_attempt_is_killed_and_says_no_more(bench: Bench) -> None:
 
     async def drive(attempt: Any, task: Any) -> None:
         await until(lambda: bench.api.events)
-        pids.append(attempt._child.pid)
+        pids.append(attempt.trainer.child.pid)
         bench.api.answer = 409, json.dumps(said)
 
     driven(bench, "signal.signal(15, signal.SIG_IGN); step(1); time.sleep(600)", drive)

@@ -22,7 +22,7 @@ from tunesmith.work.pump import CappedLog, pump
 from tunesmith.work.receipt import NAME, Receipt, left_over
 from tunesmith.work.session import kill_session, members
 from tunesmith.work.spool import Spool
-from tunesmith.work.wire import Unreachable, Wire, pid_space
+from tunesmith.work.wire import Nothing, Unreachable, Wire, pid_space
 from work_fixtures import Api, an_api, is_alive
 
 BEAT = Report(worker_id="w")
@@ -323,6 +323,33 @@ def test_a_receipt_waits_out_a_stranger_on_the_api_s_port(
     api.answer = 401, json.dumps(refusal)
     monkeypatch.setattr("tunesmith.work.wire.STRANGER_SECONDS", 0)
     assert not deliver(tmp_path)
+
+
+@pytest.mark.parametrize("why", ["it is back", "it is wanted now"])
+def test_a_receipt_does_not_sleep_while_the_api_is_there(
+    tmp_path: Path, api: Api, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """What pauses for long after a failure is woken by another's success, or by a wish."""
+    monkeypatch.setattr("tunesmith.work.wire.FIRST_PAUSE_SECONDS", 600.0)
+    api.answer = 503, ""
+
+    async def deliver_late() -> bool:
+        wire = Wire(tmp_path)
+        delivery = asyncio.create_task(RECEIPT.deliver(wire))
+        while not wire._is_away:
+            await asyncio.sleep(0.01)
+        api.answer = None
+        if why == "it is back":
+            await wire.ask("/engines/x", RECEIPT.outcome, Nothing)
+        else:
+            await asyncio.sleep(0.1)
+            wire.stir()
+        done = await asyncio.wait_for(delivery, 30)
+        await wire.close()
+        return done
+
+    assert asyncio.run(deliver_late())
+    assert len(api.outcomes) == 1
 
 
 # the spool

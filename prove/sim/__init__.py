@@ -33,7 +33,13 @@ def run(setting: Setting, show: Progress) -> Result:
 def _processes(tasks: int | None = None) -> ProcessPoolExecutor:
     """Fresh ones: each imports the store as it should be, or without a guard."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(os.cpu_count(), mp_context=context, max_tasks_per_child=tasks)
+    return ProcessPoolExecutor(
+        os.cpu_count(),
+        mp_context=context,
+        max_tasks_per_child=tasks,
+        initializer=os.nice,
+        initargs=(19,),
+    )
 
 
 def _play(
@@ -71,7 +77,7 @@ def _guards(seed: int, show: Progress) -> Figure:
             found = future.result()
             if found is not None:
                 caught[waiting[future]] = found.seed - seed + 1
-            show(number, len(MUTANTS), f"{len(caught)} of {number} guards missed")
+            show(number, len(MUTANTS), f"the loss of {len(caught)} of {number} guards noticed")
     unseen = [one.name for one in MUTANTS if one.name not in caught]
     slowest = max(caught.values(), default=0)
     told = f"{len(caught)} of {len(MUTANTS)}, each within {slowest} schedules"

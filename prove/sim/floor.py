@@ -17,14 +17,28 @@ class Floor:
     def __init__(self, store: Store) -> None:
         self._connection = store._engine.connect()
         self._cursor = self._connection.connection.cursor()
+        self._is_local = self._connection.dialect.name == "sqlite"
         self.acts = 0
 
     def write(self, work: Callable[[Connection], T]) -> T:
         self.acts += 1
-        with self._connection.begin():
-            return work(self._connection)
+        if self._is_local:
+            with self._connection.begin():
+                return work(self._connection)
+        return self._in_words(work)
 
     read = write
+
+    def _in_words(self, work: Callable[[Connection], T]) -> T:
+        """As the store's writer does on PostgreSQL, whose connections commit by themselves."""
+        self._cursor.execute("BEGIN")
+        try:
+            result = work(self._connection)
+        except BaseException:
+            self._cursor.execute("ROLLBACK")
+            raise
+        self._cursor.execute("COMMIT")
+        return result
 
     def rows(self, statement: str) -> list[tuple[Any, ...]]:
         """Plain SQL, past every layer of the product."""

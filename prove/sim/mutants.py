@@ -62,7 +62,7 @@ MUTANTS = (
     Mutant(
         "no grace after a start",
         "claims",
-        ".where(is_held).values(lease_until",
+        ".where(is_held()).values(lease_until",
         ".where(jobs.c.state == 'none').values(lease_until",
     ),
     Mutant(

@@ -26,8 +26,8 @@ def play(seeds: range, mutant_name: str = "", url: str = "sqlite://") -> Iterato
     floor = Floor(store)
     try:
         for seed in seeds:
-            world = World(floor, clock, seed)
-            yield Played(seed, tuple(world.play()), floor.acts)
+            before, world = floor.acts, World(floor, clock, seed)
+            yield Played(seed, tuple(world.play()), floor.acts - before)
     finally:
         floor.close()
         store.close()

@@ -52,7 +52,7 @@ class Settings(BaseModel):
     """Without a word from a trainer, before its stack is logged and it is killed."""
     max_lapses: int = Field(3, ge=1)
     """Lost leases without a new checkpoint, before a job fails."""
-    backoff_seconds: float = Field(1, ge=0, le=300)
+    backoff_seconds: float = Field(0.5, ge=0, le=300)
     """Before a job that was lost once is tried again; doubled each time, up to five minutes."""
     max_log_bytes: int = Field(64 << 20, ge=4096)
     """Of one job's log: the beginning and the end are kept."""

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 from tunesmith.manifest import write_durably
-from tunesmith.work.wire import pid_space
+from tunesmith.work.wire import ADDRESS, pid_space
 
 
 class Address:
@@ -23,7 +23,7 @@ class Address:
         self.url = (
             f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
         )
-        self._place = home / "api.json"
+        self._place = home / ADDRESS
 
     def write(self) -> None:
         body = {"url": self.url, "pid": os.getpid(), "pid_space": pid_space()}

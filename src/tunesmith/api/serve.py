@@ -132,6 +132,8 @@ async def _serve(hub: Hub, listener: socket.socket, role: str, should_start_work
     asked.cancel()
     naming.cancel()
     address.withdraw()
+    if hands is not None:  # one of a server before, that has come to life only now
+        await hands.stop()
     return 0 if server.started else 1
 
 
@@ -181,7 +183,9 @@ class Hands:
         self._settings = settings
         self._name = name
         self._lock = worker.LOCK if name == "worker" else "dispatcher.lock"
-        self._module = f"tunesmith.work.{'worker' if name == 'worker' else 'ray'}"
+        self._program = ["tunesmith.work.worker", "--beside"]
+        if name == "dispatcher":
+            self._program = ["tunesmith.work.ray"]
         self._process: subprocess.Popen[bytes] | None = None
 
     async def keep(self, stopping: asyncio.Event) -> None:
@@ -198,7 +202,7 @@ class Hands:
                 log.error("the %s cannot be started: %s", self._name, error)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(stopping.wait(), pause)
-        await self._stop()
+        await self.stop()
 
     def _has_ended(self) -> bool:
         """Whether the worker that was started here has just gone by itself."""
@@ -219,7 +223,7 @@ class Hands:
             place.replace(logs / f"{self._name}.log.1")
         with place.open("ab") as journal:
             return subprocess.Popen(
-                [sys.executable, "-m", self._module],
+                [sys.executable, "-m", *self._program],
                 stdin=subprocess.DEVNULL,
                 stdout=journal,
                 stderr=journal,
@@ -227,7 +231,7 @@ class Hands:
                 start_new_session=True,
             )
 
-    async def _stop(self) -> None:
+    async def stop(self) -> None:
         """Also a worker that an earlier server left behind, and one that is only just starting."""
         deadline = time.monotonic() + WORKER_STOP_SECONDS
         asked: set[int] = set()

@@ -22,8 +22,12 @@ from tunesmith.store.claims import check_token, waiting
 
 log = logging.getLogger(__name__)
 
-LOOK_AGAIN_SECONDS = 1.0
-"""A back-off that ends, a job that became valid in another process: seen at the latest then."""
+LOOK_AGAIN_SECONDS = (0.1, 1.0)
+"""A back-off that ends, a job that became valid in another process: looked for soon after the
+queue was touched, then ever more seldom."""
+LAPSED_SECONDS = 0.02
+"""After a lapse, so that it is over for certain."""
+LEAST_PAUSE_SECONDS = 0.2
 MAX_BODY_BYTES = 64 << 20
 
 
@@ -71,6 +75,8 @@ async def work(ask: WorkAsk, request: Request, who: Worker, hub: HubDep) -> Work
         return WorkReply()
     await hub.hands.greet(ask)
     with watcher.watch("queue", "engines", f"worker:{ask.worker_id}") as touched:
+        soon, late = LOOK_AGAIN_SECONDS
+        pause = soon
         while not await request.is_disconnected():  # or a job would be given to nobody
             if watcher.is_closing:
                 break
@@ -79,7 +85,8 @@ async def work(ask: WorkAsk, request: Request, who: Worker, hub: HubDep) -> Work
             left = patience - time.monotonic()
             if reply is not None or left <= 0:
                 return reply or WorkReply()
-            await wait(touched, min(left, LOOK_AGAIN_SECONDS))
+            is_touched = await wait(touched, min(left, pause))
+            pause = soon if is_touched else min(2 * pause, late)
     return WorkReply()
 
 
@@ -123,7 +130,13 @@ async def keep_house(hub: Hub) -> None:
             await attempt_to(hub.leases.turn())
         await attempt_to(hub.engines.tidy())
         await attempt_to(hub.depot.tidy())
-        await asyncio.sleep(hub.settings.reaper_seconds)
+        await asyncio.sleep(_pause(hub))
+
+
+def _pause(hub: Hub) -> float:
+    """Until the next turn; one is not later than the next lapse, so that it need not wait."""
+    lapse = max(hub.leases.next_seconds + LAPSED_SECONDS, LEAST_PAUSE_SECONDS)
+    return min(hub.settings.reaper_seconds, lapse)
 
 
 async def attempt_to(work: Awaitable[object]) -> bool:

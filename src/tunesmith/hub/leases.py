@@ -2,6 +2,7 @@
 they are granted anew."""
 
 import logging
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -54,11 +55,14 @@ class Leases:
         self._hub = hub
         self._running = running
         self._last: _Look | None = None
+        self.next_seconds = math.inf
+        """From the last turn until a lease lapses that is not extended before."""
 
     async def turn(self) -> None:
         """Take back what lapsed; or, after a time in which workers could not be heard, grant."""
         is_first = self._last is None
-        look, why, lapsed = await self._hub.write(self._work)
+        self.next_seconds = math.inf
+        look, why, lapsed, self.next_seconds = await self._hub.write(self._work)
         self._last = look
         if why and not is_first:
             log.warning("%s: leases are extended", why)
@@ -69,18 +73,18 @@ class Leases:
         """Give every worker a whole lease's time to come back."""
         await self._hub.write(self._grant)
 
-    def _work(self, tx: Connection) -> tuple[_Look, str, list[Job]]:
+    def _work(self, tx: Connection) -> tuple[_Look, str, list[Job], float]:
         before = self._running()
         look = _Look(before, tx.scalar(select(now())) or 0.0, self._running())
         why = self._why_grant(look, self._was_served(tx))
         settings = self._hub.settings
         if why:
             self._grant(tx)
-            return look, why, []
+            return look, why, [], endings.next_lapse(tx)
         lapsed = endings.reap(
             tx, max_lapses=settings.max_lapses, backoff_seconds=settings.backoff_seconds
         )
-        return look, why, lapsed
+        return look, why, lapsed, endings.next_lapse(tx)
 
     def _was_served(self, tx: Connection) -> bool:
         """Whether another server was there lately for the workers; this one is there now."""

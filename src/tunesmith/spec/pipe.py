@@ -14,6 +14,10 @@ from tunesmith.spec.train import TrainSpec
 
 MetricName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 
+KNOWN = "checkpoints/.known"
+"""In an attempt's folder: the name of the newest checkpoint that the API has accepted, written by
+the worker. A trainer lets go of all but the newest ones and that one."""
+
 
 class Plan(Strict):
     """What is fixed at a job's first claim, so that every attempt computes the same bits."""

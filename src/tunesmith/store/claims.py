@@ -5,18 +5,36 @@ import hmac
 import math
 import secrets as random
 from dataclasses import dataclass
+from functools import cache
 
-from sqlalchemy import ColumnElement, and_, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, bindparam, func, insert, or_, select, update
 from sqlalchemy.engine import Connection, RowMapping
 
 from tunesmith.errors import AuthenticationError
 from tunesmith.spec.hands import MAX_WAITING, Capacity, Orders, WaitingJob, WorkAsk
 from tunesmith.spec.records import CheckpointRow, Job, JobState, Needs, StopMode
 from tunesmith.store import events, reservations, rows
-from tunesmith.store.tables import HELD, UNFINISHED, attempts, jobs, now, secrets, workers
+from tunesmith.store.tables import (
+    HELD,
+    UNFINISHED,
+    attempts,
+    is_held,
+    jobs,
+    now,
+    secrets,
+    workers,
+)
 
 FRESH_SECONDS = 15.0
 """An idle worker's row is written again after so long."""
+_ATTEMPT = select(attempts).where(
+    attempts.c.job_id == bindparam("job"), attempts.c.fence == bindparam("of")
+)
+_TOKEN = _ATTEMPT.with_only_columns(attempts.c.token_sha256)
+_CLAIM = select(attempts).where(
+    attempts.c.worker_id == bindparam("by"), attempts.c.claim_id == bindparam("claim")
+)
+_SECRET = select(secrets.c.value).where(secrets.c.name == "attempts")
 
 
 @dataclass(frozen=True)
@@ -98,11 +116,19 @@ def _is_claimable() -> ColumnElement[bool]:
 def _next_fitting(
     tx: Connection, free: reservations.Room, only: str | None = None
 ) -> RowMapping | None:
-    on_gpus = and_(jobs.c.needs_gpus > 0, jobs.c.needs_gpus <= len(free.gpus))
-    on_cpu = and_(jobs.c.needs_gpus == 0, jobs.c.needs_memory_bytes <= free.memory_bytes)
-    fits = or_(on_gpus, on_cpu) if free.slots else on_gpus
     if not free.slots and not free.gpus:
         return None
+    asked = {"gpus": len(free.gpus), "memory": free.memory_bytes, "only": only}
+    query = _fitting(free.slots > 0, only is not None)
+    return tx.execute(query, asked).mappings().first()
+
+
+@cache
+def _fitting(has_slots: bool, is_one: bool) -> Select[tuple[str, int, int]]:
+    """The next job for so many `gpus` and so much `memory`; with `is_one`, the job `only`."""
+    on_gpus = and_(jobs.c.needs_gpus > 0, jobs.c.needs_gpus <= bindparam("gpus"))
+    on_cpu = and_(jobs.c.needs_gpus == 0, jobs.c.needs_memory_bytes <= bindparam("memory"))
+    fits = or_(on_gpus, on_cpu) if has_slots else on_gpus
     query = (
         select(jobs.c.id, jobs.c.fence, jobs.c.needs_gpus)
         .where(_is_claimable(), fits)
@@ -110,9 +136,7 @@ def _next_fitting(
         .limit(1)
         .with_for_update(skip_locked=True)
     )
-    if only is not None:
-        query = query.where(jobs.c.id == only)
-    return tx.execute(query).mappings().first()
+    return query.where(jobs.c.id == bindparam("only")) if is_one else query
 
 
 def _open_attempt(tx: Connection, row: RowMapping, ask: WorkAsk, gpus: tuple[int, ...]) -> Claimed:
@@ -135,10 +159,8 @@ def _open_attempt(tx: Connection, row: RowMapping, ask: WorkAsk, gpus: tuple[int
 
 
 def _find_claim(tx: Connection, ask: WorkAsk) -> RowMapping | None:
-    query = select(attempts).where(
-        attempts.c.worker_id == ask.worker_id, attempts.c.claim_id == ask.claim_id
-    )
-    return tx.execute(query).mappings().first()
+    asked = {"by": ask.worker_id, "claim": ask.claim_id}
+    return tx.execute(_CLAIM, asked).mappings().first()
 
 
 def _repeat(tx: Connection, attempt: RowMapping) -> Claimed | None:
@@ -208,10 +230,7 @@ def unfit(tx: Connection, needs: Needs, within_seconds: float = 120) -> bool:
 
 def check_token(tx: Connection, job_id: str, fence: int, token: str) -> None:
     """Raises AuthenticationError where `token` is not the one of that attempt."""
-    query = select(attempts.c.token_sha256).where(
-        attempts.c.job_id == job_id, attempts.c.fence == fence
-    )
-    expected = tx.scalar(query) or ""
+    expected = tx.scalar(_TOKEN, {"job": job_id, "of": fence}) or ""
     given = hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
     if not hmac.compare_digest(given, expected):
         raise AuthenticationError("this token is not the one of that attempt")
@@ -219,10 +238,10 @@ def check_token(tx: Connection, job_id: str, fence: int, token: str) -> None:
 
 def _token(tx: Connection, job_id: str, fence: int, claim_id: str) -> str:
     """Made from a secret of this database, so that a repeated claim brings it again."""
-    key = tx.scalar(select(secrets.c.value).where(secrets.c.name == "attempts"))
+    key = tx.scalar(_SECRET)
     if key is None:
         rows.add_once(tx, secrets, {"name": "attempts", "value": random.token_bytes(32)})
-        key = tx.scalar(select(secrets.c.value).where(secrets.c.name == "attempts"))
+        key = tx.scalar(_SECRET)
         assert key is not None
     digest = hmac.new(key, f"{job_id}:{fence}:{claim_id}".encode(), hashlib.sha256)
     return "at-" + digest.hexdigest()
@@ -274,8 +293,7 @@ def started_at() -> object:
 
 
 def _own_attempt(tx: Connection, job_id: str, fence: int, worker_id: str) -> RowMapping:
-    query = select(attempts).where(attempts.c.job_id == job_id, attempts.c.fence == fence)
-    attempt = tx.execute(query).mappings().first()
+    attempt = tx.execute(_ATTEMPT, {"job": job_id, "of": fence}).mappings().first()
     if attempt is None or attempt["worker_id"] != worker_id:
         raise rows.fenced(job_id, fence)
     return attempt
@@ -298,7 +316,7 @@ def _orders(tx: Connection, row: RowMapping, lease_seconds: float, last_n: int) 
 def request_checkpoint(tx: Connection, job_id: str, owner: str | None = None) -> Job:
     """Ask a held job for a checkpoint soon; the wish goes with the next one accepted."""
     row = rows.lock(tx, job_id, owner)
-    guard = jobs.c.state.in_(HELD)
+    guard = is_held()
     return rows.to_job(rows.change(tx, job_id, guard, [], should_checkpoint=True) or row)
 
 
@@ -315,8 +333,7 @@ def grant_grace(
     Nothing waits for longer than it could have been told to: `grace_seconds` to stop,
     `backoff_seconds` to be tried again.
     """
-    is_held = jobs.c.state.in_(HELD)
-    held = update(jobs).where(is_held).values(lease_until=now() + lease_seconds)
+    held = update(jobs).where(is_held()).values(lease_until=now() + lease_seconds)
     count = tx.execute(held).rowcount
     for column, most in (
         (jobs.c.stop_deadline, grace_seconds),

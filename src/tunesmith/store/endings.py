@@ -1,11 +1,12 @@
 """How an attempt ends, and what becomes of its job: the table of states, in one place."""
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, or_, select, update
+from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.engine import Connection, RowMapping
 
 from tunesmith.errors import FailureClass
@@ -13,7 +14,7 @@ from tunesmith.manifest import MANIFEST, Manifest
 from tunesmith.spec.pipe import Checkpointed
 from tunesmith.spec.records import Job, JobState, Outcome, StopMode
 from tunesmith.store import events, rows
-from tunesmith.store.tables import HELD, attempts, jobs, now
+from tunesmith.store.tables import attempts, is_held, jobs, now
 
 MAX_BACKOFF_SECONDS = 300.0
 OVERDUE_SECONDS = 60.0
@@ -71,7 +72,7 @@ def finish(
     retry = Retry(max_lapses, backoff_seconds)
     verdict = _judge(row, outcome, retry)
     is_oom = verdict.failure_class is FailureClass.OOM_HOST and not row["stop_mode"]
-    if is_oom and not _has_failed_so(tx, job_id):
+    if is_oom and row["lapses"] + 1 < retry.max_lapses and not _has_failed_so(tx, job_id):
         verdict = replace(verdict, state=JobState.QUEUED, reason="failure")
     settled = _settle(tx, row, verdict, rows.is_current(fence), outcome, promote, retry)
     if settled is None:
@@ -265,6 +266,13 @@ def reap(
     return _take_back(tx, or_(is_lapsed, is_overdue), retry, limit)
 
 
+def next_lapse(tx: Connection) -> float:
+    """Seconds until the first lease that is running lapses; infinite where none is."""
+    held = and_(is_held(), jobs.c.lease_until >= now())
+    left = tx.scalar(select(func.min(jobs.c.lease_until) - now()).where(held))
+    return math.inf if left is None else float(left)
+
+
 def forget_boot(
     tx: Connection,
     worker_id: str,
@@ -280,7 +288,7 @@ def forget_boot(
 
 def queue_again(tx: Connection, reason: str) -> list[Job]:
     """Take back all that any worker had: it counts as no lapse. What was stopping has stopped."""
-    taken, guard, retry = [], jobs.c.state.in_(HELD), Retry(1, 0.0)
+    taken, guard, retry = [], is_held(), Retry(1, 0.0)
     for row in tx.execute(select(jobs).where(guard)).mappings().all():
         verdict = _lost(row, retry) if row["stop_mode"] else Verdict(JobState.QUEUED, reason)
         settled = _settle(tx, row, verdict, guard, None, None, retry)
@@ -296,7 +304,7 @@ def _take_back(
     limit: int,
     kept: Collection[tuple[str, int]] = (),
 ) -> list[Job]:
-    guard = and_(jobs.c.state.in_(HELD), is_lost)
+    guard = and_(is_held(), is_lost)
     query = (
         select(jobs)
         .where(guard)

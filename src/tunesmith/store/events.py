@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 from pydantic import TypeAdapter, ValidationError
-from sqlalchemy import and_, func, insert, select, update
+from sqlalchemy import and_, bindparam, func, insert, select, update
 from sqlalchemy.engine import Connection, RowMapping
 
 from tunesmith.spec.hands import NumberedEvent
@@ -25,6 +25,22 @@ _SHOWN = (
     "epoch",
     "tokens_per_second",
     "peak_memory_bytes",
+)
+
+_LAST_N = select(attempts.c.last_n).where(
+    attempts.c.job_id == bindparam("job"),
+    attempts.c.fence == bindparam("of"),
+    attempts.c.worker_id == bindparam("by"),
+)
+_CHECKPOINTS = (
+    select(checkpoint_rows)
+    .where(checkpoint_rows.c.job_id == bindparam("job"))
+    .order_by(checkpoint_rows.c.step.desc(), checkpoint_rows.c.number.desc())
+)
+_SET_LAST_N = (
+    update(attempts)
+    .where(attempts.c.job_id == bindparam("job"), attempts.c.fence == bindparam("of"))
+    .values(last_n=bindparam("n"))
 )
 
 
@@ -52,19 +68,13 @@ def append(
         raise rows.fenced(job_id, fence)
     _keep_checkpoints(tx, job_id, fence, said)
     last_n += len(said)
-    tx.execute(
-        update(attempts)
-        .where(attempts.c.job_id == job_id, attempts.c.fence == fence)
-        .values(last_n=last_n)
-    )
+    tx.execute(_SET_LAST_N, {"job": job_id, "of": fence, "n": last_n})
     return last_n
 
 
 def _last_n(tx: Connection, job_id: str, fence: int, worker_id: str) -> int:
-    query = select(attempts.c.last_n).where(
-        attempts.c.job_id == job_id, attempts.c.fence == fence, attempts.c.worker_id == worker_id
-    )
-    last_n: int | None = tx.scalar(query)
+    asked = {"job": job_id, "of": fence, "by": worker_id}
+    last_n: int | None = tx.scalar(_LAST_N, asked)
     if last_n is None:
         raise rows.fenced(job_id, fence)
     return last_n
@@ -184,12 +194,7 @@ def after(tx: Connection, job_id: str, seq: int = 0, limit: int = 500) -> list[J
 
 def checkpoints(tx: Connection, job_id: str) -> list[CheckpointRow]:
     """Accepted checkpoints, newest first."""
-    query = (
-        select(checkpoint_rows)
-        .where(checkpoint_rows.c.job_id == job_id)
-        .order_by(checkpoint_rows.c.step.desc(), checkpoint_rows.c.number.desc())
-    )
-    found = [dict(row) for row in tx.execute(query).mappings()]
+    found = [dict(row) for row in tx.execute(_CHECKPOINTS, {"job": job_id}).mappings()]
     for row in found:
         del row["number"]
     return [CheckpointRow.model_validate(row) for row in found]

@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import insert, select
+from sqlalchemy import bindparam, insert, select
 from sqlalchemy.engine import Connection
 
 from tunesmith.spec.hands import Capacity
 from tunesmith.spec.records import Needs
 from tunesmith.store.tables import reservations
+
+_TAKEN = select(reservations.c.device, reservations.c.memory_bytes).where(
+    reservations.c.worker_id == bindparam("by")
+)
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,7 @@ class Room:
 
 
 def room(tx: Connection, worker_id: str, capacity: Capacity) -> Room:
-    query = select(reservations.c.device, reservations.c.memory_bytes).where(
-        reservations.c.worker_id == worker_id
-    )
-    taken = dict(tx.execute(query).tuples().all())
+    taken = dict(tx.execute(_TAKEN, {"by": worker_id}).tuples().all())
     slots = sum(device.startswith("cpu:job:") for device in taken)
     used_bytes = sum(size for device, size in taken.items() if device.startswith("cpu:"))
     return Room(

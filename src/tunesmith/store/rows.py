@@ -3,16 +3,27 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, Table, and_, delete, insert, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    Table,
+    and_,
+    bindparam,
+    delete,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.engine import Connection, RowMapping
 
 from tunesmith.errors import FencedError, NotFoundError
 from tunesmith.spec.records import Job, JobState
 from tunesmith.store import outbox, prepared
 from tunesmith.store.tables import (
-    HELD,
     attempts,
     events,
+    is_held,
     jobs,
     now,
     quotas,
@@ -26,6 +37,15 @@ Line = tuple[str, dict[str, Any]]
 """Type and data of an event."""
 
 _ADD_EVENT = insert(events).values(at=now())
+_HAS_LAPSED = and_(jobs.c.state == JobState.QUEUED.value, jobs.c.requeue_reason == LAPSE)
+_FIND = select(jobs).where(jobs.c.id == bindparam("job_id"))
+_LOCK = _FIND.with_for_update()
+_RELEASE = delete(reservations).where(reservations.c.holder == bindparam("holder"))
+_CLOSE_ATTEMPTS = (
+    update(attempts)
+    .where(attempts.c.job_id == bindparam("job"), attempts.c.ended_at.is_(None))
+    .values(ended_at=now())
+)
 _INNER = ("number", "needs_gpus", "needs_memory_bytes", "should_checkpoint")
 
 
@@ -64,16 +84,16 @@ def add_once(tx: Connection, table: Table, row: Mapping[str, Any]) -> bool:
 
 def find(tx: Connection, job_id: str, owner: str | None = None) -> RowMapping:
     """Raises NotFoundError, also where the job is another owner's."""
-    return _one(tx, select(jobs).where(jobs.c.id == clean(job_id)), job_id, owner)
+    return _one(tx, _FIND, job_id, owner)
 
 
 def lock(tx: Connection, job_id: str, owner: str | None = None) -> RowMapping:
     """The row, kept from changing until the transaction ends."""
-    return _one(tx, select(jobs).where(jobs.c.id == clean(job_id)).with_for_update(), job_id, owner)
+    return _one(tx, _LOCK, job_id, owner)
 
 
 def _one(tx: Connection, query: Any, job_id: str, owner: str | None) -> RowMapping:
-    row: RowMapping | None = tx.execute(query).mappings().first()
+    row: RowMapping | None = tx.execute(query, {"job_id": clean(job_id)}).mappings().first()
     if row is None or (owner is not None and row["owner"] != owner):
         raise no_job(job_id)
     return row
@@ -90,8 +110,7 @@ def as_seen(row: RowMapping) -> ColumnElement[bool]:
 
 def is_current(fence: int) -> ColumnElement[bool]:
     """The guard of a worker's write: its attempt holds the job, or may take it back."""
-    lapsed = and_(jobs.c.state == JobState.QUEUED.value, jobs.c.requeue_reason == LAPSE)
-    return and_(jobs.c.fence == fence, or_(jobs.c.state.in_(HELD), lapsed))
+    return and_(jobs.c.fence == fence, or_(is_held(), _HAS_LAPSED))
 
 
 def change(
@@ -177,12 +196,8 @@ def end(
 
 def release(tx: Connection, job_id: str) -> None:
     """Free what the job occupied."""
-    tx.execute(delete(reservations).where(reservations.c.holder == f"job:{job_id}"))
+    tx.execute(_RELEASE, {"holder": f"job:{job_id}"})
 
 
 def close_attempts(tx: Connection, job_id: str) -> None:
-    tx.execute(
-        update(attempts)
-        .where(attempts.c.job_id == job_id, attempts.c.ended_at.is_(None))
-        .values(ended_at=now())
-    )
+    tx.execute(_CLOSE_ATTEMPTS, {"job": job_id})

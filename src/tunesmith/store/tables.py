@@ -83,6 +83,11 @@ def is_unfinished() -> Any:
     return text("state in (" + ", ".join(f"'{state}'" for state in UNFINISHED) + ")")
 
 
+def is_held() -> Any:
+    """As `is_unfinished`: whether a worker holds the job."""
+    return text("state in (" + ", ".join(f"'{state}'" for state in HELD) + ")")
+
+
 def _partial(where: Any) -> dict[str, Any]:
     return {"sqlite_where": where, "postgresql_where": where}
 
@@ -143,7 +148,7 @@ jobs = Table(
     Index(
         "ix_jobs_leases",
         "lease_until",
-        **_partial(text("state in ('starting', 'running', 'stopping')")),
+        **_partial(is_held()),
     ),
     Index("uq_jobs_unfinished_output", "output_dir", unique=True, **_partial(is_unfinished())),
 )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tunesmith import manifest
 from tunesmith.errors import FailureClass, JobFailure
-from tunesmith.spec.pipe import Checkpointed
+from tunesmith.spec.pipe import KNOWN, Checkpointed
 from tunesmith.train.failure import is_disk_full
 
 KIND = "checkpoint"
@@ -66,12 +66,13 @@ class Shelf:
 
     def __init__(self, attempt_dir: Path, keep: int) -> None:
         self.folder = attempt_dir / "checkpoints"
+        self._known = attempt_dir / KNOWN
         self._keep = keep
         for left in self.folder.glob(".step-*.part"):
             shutil.rmtree(left, ignore_errors=True)
 
     def write(self, snapshot: Snapshot) -> Checkpointed:
-        """Stage, seal, rename; then let go of the oldest.
+        """Stage, seal, rename. `thin` comes after the word of it, so that one told of is there.
 
         On a full disk all but the newest are let go first, and it is tried once more. Raises
         whatever the disk says, with at least the newest checkpoint and no staging folder left.
@@ -83,7 +84,6 @@ class Shelf:
             if not is_disk_full(error) or not self.thin(1):
                 raise
             digest = self._commit(snapshot, final)
-        self.thin(self._keep)
         return Checkpointed(
             step=snapshot.step,
             path=str(final.absolute()),
@@ -91,12 +91,15 @@ class Shelf:
             size_bytes=sum(path.stat().st_size for path in final.rglob("*") if path.is_file()),
         )
 
-    def thin(self, keep: int) -> bool:
-        """Let go of all but the newest `keep`. Whether there was something to let go of."""
+    def thin(self, keep: int | None = None) -> bool:
+        """Let go of all but the newest `keep`, or as many as are wanted, and the newest that the
+        worker says the API knows. Whether there was something to let go of."""
         held = sorted(self.folder.glob("step-*"), key=_step_of)
-        for old in held[:-keep]:
-            manifest.remove(old)
-        return len(held) > keep
+        known = self._known.read_text("ascii") if self._known.exists() else ""
+        old = [path for path in held[: -(keep or self._keep)] if path.name != known]
+        for path in old:
+            manifest.remove(path)
+        return bool(old)
 
     def _commit(self, snapshot: Snapshot, final: Path) -> str:
         """Returns the manifest's digest. One of the same step gives way once this one is whole."""

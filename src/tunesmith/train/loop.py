@@ -256,6 +256,7 @@ class Loop:
         try:
             if self._group.is_first:
                 self._parts.send(self._parts.shelf.write(snapshot))
+                self._parts.shelf.thin()
             self._saved_step = self.counts.step
         except Exception as error:
             if not is_disk_full(error):

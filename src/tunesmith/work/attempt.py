@@ -4,49 +4,33 @@ import asyncio
 import errno
 import logging
 import signal
-import time
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Any
 
 from tunesmith.errors import FailureClass, FencedError, JobFailure, TuningAPIError
 from tunesmith.spec.hands import Assignment, HeldAttempt, Orders, Report
 from tunesmith.spec.pipe import (
     Checkpointed,
-    Failed,
-    Finished,
-    Notice,
-    Stopped,
     TrainerEvent,
     TrainerTask,
 )
 from tunesmith.spec.records import Outcome, StopMode
-from tunesmith.work import memory
-from tunesmith.work.fork import Child, Forker
+from tunesmith.work.fork import Forker
 from tunesmith.work.gang import Gang, here
 from tunesmith.work.outbound import Outbound
-from tunesmith.work.pump import CappedLog, Log, pump
+from tunesmith.work.pump import CappedLog, Log
 from tunesmith.work.receipt import Answered, Receipt
 from tunesmith.work.send import Parcel, Sender
 from tunesmith.work.shipping import ShippedLog
 from tunesmith.work.spool import Spool
 from tunesmith.work.staging import Site, Staging
+from tunesmith.work.trainer import MAX_COMPLAINTS, Trainer, failure
 from tunesmith.work.wire import Unreachable, Wire
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-_event: TypeAdapter[TrainerEvent] = TypeAdapter(TrainerEvent)
 
 BATCH_SECONDS = 0.5
 """Events wait at most this long for company."""
-MAX_EVENT_BYTES = 65_536
-"""Of one line; a longer one is left out, and a notice says so."""
-DUMP_SECONDS = 2.0
-"""For a stalled trainer to write its stacks down."""
-MAX_COMPLAINTS = 10
-"""Lines that are no events are told of so often; a trainer that babbles fills no disk."""
 
 
 @dataclass(frozen=True)
@@ -76,24 +60,18 @@ class Attempt:
     """Whether the trainer has gone and only the API's ear is wanted."""
     is_sending: bool = False
     """Whether a model or a checkpoint goes there too, which may take long."""
-    _ending: Outcome | None = None
     _is_fenced: bool = False
-    _has_stalled: bool = False
-    _stop_at: float | None = None
-    _complaints: int = 0
-    _oversized: int = 0
-    """Lines over the limit so far."""
-    _child: Child | None = None
-    _last_word: float = field(default_factory=time.monotonic)
-    _halt: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set once the trainer should end."""
+    _refused: int = 0
+    """Reports that the API would not have."""
     _said: asyncio.Event = field(default_factory=asyncio.Event)
     _nudged: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self._memory = memory.Watch()
         self._spool = Spool(self.job.first_event_n)
         self.staging = Staging(self.job, self.wire, self.site)
+        self.trainer = Trainer(
+            self.job.job_id, self.job.stall_seconds, self.pace.leave_seconds, self._hear
+        )
         self._log: Log | None = None
         self._outbound: Outbound | None = None
 
@@ -132,11 +110,7 @@ class Attempt:
 
     def stop(self, seconds: float) -> None:
         """Ask for a checkpoint and an end; the session is killed after `seconds`."""
-        deadline = time.monotonic() + seconds
-        self._stop_at = deadline if self._stop_at is None else min(self._stop_at, deadline)
-        if not self._halt.is_set() and self._child is not None and seconds > 0:
-            self._child.signal(signal.SIGTERM)
-        self._halt.set()
+        self.trainer.stop(seconds)
 
     # the trainer
 
@@ -147,25 +121,25 @@ class Attempt:
         except FencedError:
             self._fence()
             return Outcome(kind="stopped")
-        except JobFailure as failure:
-            return _failure(failure.failure_class, str(failure), failure.hint)
+        except JobFailure as fault:
+            return failure(fault.failure_class, str(fault), fault.hint)
         except OSError as error:
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             kind = FailureClass.DISK_FULL if is_full else FailureClass.INFRA_LOST
-            return _failure(kind, f"cannot start: {error}")
+            return failure(kind, f"cannot start: {error}")
         except Exception as error:
             log.exception("job %s: supervising failed", self.job.job_id)
-            return _failure(FailureClass.INFRA_LOST, f"the worker failed: {error!r}")
+            return failure(FailureClass.INFRA_LOST, f"the worker failed: {error!r}")
 
     async def _train(self) -> Outcome:
-        task = await self._unless_halted(self._task())
+        task = await self.trainer.unless_halted(self._task())
         if task is None:
             return Outcome(kind="stopped")
         journal = self._log = self._journal()
         carriers = self._carriers()
         try:
-            await self._unless_halted(self.forker.wait_ready(30))
-            if self._halt.is_set():
+            await self.trainer.unless_halted(self.forker.wait_ready(30))
+            if self.trainer.halt.is_set():
                 return Outcome(kind="stopped")
             journal.line(f"[attempt {self.job.fence} starts; resumes from {task.resume_from}]")
             return await self._supervise(task, journal)
@@ -186,18 +160,6 @@ class Attempt:
             plan=self.job.plan,
         )
 
-    async def _unless_halted(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """Wait for it, but for no longer than the attempt is wanted."""
-        working = asyncio.create_task(work)
-        halted = asyncio.create_task(self._halt.wait())
-        try:
-            await asyncio.wait([working, halted], return_when=asyncio.FIRST_COMPLETED)
-            return working.result() if working.done() else None
-        finally:
-            for task in (working, halted):
-                task.cancel()
-            await asyncio.gather(working, halted, return_exceptions=True)
-
     def _journal(self) -> Log:
         if self.staging.is_remote:
             return ShippedLog(self.wire, self.path, self.job.token)
@@ -217,27 +179,8 @@ class Attempt:
         environment = {"OMP_NUM_THREADS": str(self.job.threads)}
         if self.job.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, here(self.job.gpus)))
-        child = self._child = await self.forker.start(*self._program(), environment)
-        self._last_word = time.monotonic()
-        self._memory = memory.Watch()
-        reading = asyncio.create_task(self._read(child))
-        logging_task = asyncio.create_task(pump(child.stderr, journal))
-        watching = asyncio.create_task(self._watch(child, reading))
-        try:
-            await child.hand_over(task.model_dump_json().encode())
-            if self._halt.is_set():
-                child.signal(signal.SIGTERM)
-            status = await asyncio.shield(child.exited)
-            child.kill()
-            await asyncio.wait([reading, logging_task], timeout=5)
-        finally:
-            child.kill()
-            child.close()
-            self._child = None
-            for helper in (reading, logging_task, watching):
-                helper.cancel()
-            await asyncio.gather(reading, logging_task, watching, return_exceptions=True)
-        return self._outcome(status)
+        body = task.model_dump_json().encode()
+        return await self.trainer.run(self.forker, self._program(), environment, body, journal)
 
     def _program(self) -> tuple[str, list[str]]:
         """Module and arguments: several processes start under torchrun."""
@@ -247,100 +190,19 @@ class Attempt:
             return self.module, []
         return f"{self.module}.launch", self.pace.gang.arguments(self.job.job_id, processes)
 
-    async def _read(self, child: Child) -> None:
-        while True:
-            try:
-                line = await child.stdout.readline()
-            except ValueError:
-                self._complain("an event line over the limit was left out")
-                continue
-            if not line:
-                self._last_word = time.monotonic()
-                return
-            self._hear(line)
-
-    def _hear(self, line: bytes) -> None:
-        self._last_word = time.monotonic()
-        self._has_stalled = False
-        if len(line) > MAX_EVENT_BYTES:
-            self._oversized += 1
-            if self._oversized <= MAX_COMPLAINTS:
-                self._say(_left_out(len(line)))
-            return
-        try:
-            event = _event.validate_json(line)
-        except ValidationError:
-            self._complain(f"not an event: {line[:200]!r}")
-            return
-        ending = _ending_of(event)
-        if isinstance(event, Checkpointed):
-            self._checkpointed(event, len(line))
-        elif ending is None:
-            self._say(event, len(line))
-        else:
-            # Where several processes train, the first failure is the cause of the others'.
-            self._ending = _first_failure(self._ending, ending)
-
-    def _checkpointed(self, event: Checkpointed, size: int) -> None:
-        """The API is told of it under its own name for the place, once all of it is there."""
-        if self._outbound is not None:
+    def _hear(self, event: TrainerEvent, size: int) -> None:
+        """The API is told of a checkpoint under its own name for the place, once it has it all."""
+        if not isinstance(event, Checkpointed):
+            self._say(event, size)
+        elif self._outbound is not None:
             self._outbound.take(event)
-            return
-        path = self.staging.to_theirs(event.path)
-        self._say(event.model_copy(update={"path": path}), size)
+        else:
+            path = self.staging.to_theirs(event.path)
+            self._say(event.model_copy(update={"path": path}), size)
 
     def _say(self, event: TrainerEvent, size: int = 500) -> None:
         self._spool.add(event.model_dump(mode="json"), size)
         self._said.set()
-
-    def _complain(self, fault: str) -> None:
-        self._complaints += 1
-        if self._complaints <= MAX_COMPLAINTS:
-            log.warning("job %s: %s", self.job.job_id, fault)
-
-    async def _watch(self, child: Child, reading: "asyncio.Task[None]") -> None:
-        """Kill at the stop's deadline, and a trainer that is silent, or stays after its last word.
-
-        Goes on until the child's end: what was killed once may not have been there yet.
-        """
-        while True:
-            await asyncio.sleep(0.05 if self._halt.is_set() else 0.5)
-            if not child.exited.done():
-                self._memory.look(child.pid)
-            now = time.monotonic()
-            silence = now - self._last_word
-            has_ended = self._ending is not None or reading.done()
-            if self._is_fenced or (self._stop_at is not None and now >= self._stop_at):
-                child.kill()
-            elif has_ended and silence > self.pace.leave_seconds:
-                log.warning("job %s: the trainer did not leave; killed", self.job.job_id)
-                child.kill()
-            elif silence > self.job.stall_seconds:
-                await self._end_stall(child)
-
-    async def _end_stall(self, child: Child) -> None:
-        """Stacks to the log, then the end, unless that woke it up."""
-        self._has_stalled = True
-        child.signal(signal.SIGUSR1)
-        await asyncio.sleep(DUMP_SECONDS)
-        if self._has_stalled:
-            child.kill()
-
-    def _outcome(self, status: int) -> Outcome:
-        if self._ending is not None:
-            return self._ending
-        if self._halt.is_set():
-            return Outcome(kind="stopped")
-        if self._has_stalled:
-            told = f"no word from the trainer for {self.job.stall_seconds:.0f} s; killed"
-            return _failure(FailureClass.STALLED, told)
-        if status == -signal.SIGKILL and self._memory.has_killed():
-            return _failure(FailureClass.OOM_HOST, self._memory.sentence())
-        if status < 0:
-            told = f"the trainer was killed by {_signal_name(-status)}"
-            return _failure(FailureClass.SIGNAL, told)
-        told = f"the trainer ended with status {status} and no result"
-        return _failure(FailureClass.NO_ARTIFACT, told)
 
     # the API
 
@@ -356,7 +218,9 @@ class Attempt:
             except FencedError:
                 self._fence()
             except TuningAPIError as error:
-                self._complain(f"the API refused a report: {error}")
+                self._refused += 1
+                if self._refused <= MAX_COMPLAINTS:
+                    log.warning("job %s: the API refused a report: %s", self.job.job_id, error)
                 await asyncio.sleep(self.pace.heartbeat_seconds)
             else:
                 if not is_more_waiting:
@@ -365,9 +229,7 @@ class Attempt:
     def _fence(self) -> None:
         """Another attempt owns the job: nothing of this one is wanted any more."""
         self._is_fenced = True
-        self._halt.set()
-        if self._child is not None:
-            self._child.kill()
+        self.trainer.kill()
 
     async def _pause(self) -> None:
         """Until a heartbeat is due, or something was said and has waited for company."""
@@ -383,6 +245,7 @@ class Attempt:
         report = Report(worker_id=self.worker_id, events=batch)
         orders = await self.wire.ask(f"{self.path}/report", report, Orders, self.job.token, 30)
         is_taken = self._spool.accept(orders.accepted_n)
+        self.staging.note_known([one.event for one in batch if one.n <= orders.accepted_n])
         self._obey(orders)
         return is_full and is_taken
 
@@ -391,8 +254,8 @@ class Attempt:
             self.stop(0)
         elif orders.stop is not None:
             self.stop(orders.stop_in_seconds or 0)
-        if orders.should_checkpoint and self._child is not None:
-            self._child.signal(signal.SIGUSR2)
+        if orders.should_checkpoint:
+            self.trainer.signal(signal.SIGUSR2)
 
     async def _deliver(self, outcome: Outcome) -> None:
         self.is_delivering = True
@@ -450,46 +313,6 @@ def attempt_summary(job: Assignment) -> dict[str, Any]:
     """For the log: what is about to run, without its token."""
     shown = job.model_dump(mode="json", include={"job_id", "fence", "threads", "gpus"})
     return shown | {"method": job.spec.method}
-
-
-def _ending_of(event: TrainerEvent) -> Outcome | None:
-    match event:
-        case Finished():
-            return Outcome(
-                kind="succeeded",
-                step=event.step,
-                artifact=event.artifact,
-                manifest_sha256=event.manifest_sha256,
-            )
-        case Stopped():
-            return Outcome(kind="stopped", step=event.step)
-        case Failed():
-            return _failure(event.failure_class, event.message, event.hint)
-        case _:
-            return None
-
-
-def _first_failure(before: Outcome | None, now: Outcome) -> Outcome:
-    return before if before is not None and before.kind == "failed" else now
-
-
-def _failure(kind: FailureClass, message: str, hint: str = "") -> Outcome:
-    return Outcome(kind="failed", failure_class=kind, message=message[:8000], hint=hint)
-
-
-def _left_out(size: int) -> Notice:
-    return Notice(
-        level="warning",
-        code="bad_event",
-        message=f"an event of {size} bytes was left out; {MAX_EVENT_BYTES} is the limit",
-    )
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 async def first_of(*events: asyncio.Event, seconds: float) -> None:

@@ -15,7 +15,7 @@ from tunesmith.spec.records import Outcome
 from tunesmith.spec.strict import Strict
 from tunesmith.work.send import Parcel, Sender, Unsendable
 from tunesmith.work.shipping import BATCH_BYTES, LogRest, send
-from tunesmith.work.wire import Unreachable, Wire, patiently
+from tunesmith.work.wire import Unreachable, Wire
 
 log = logging.getLogger(__name__)
 NAME = "exit.json"
@@ -123,7 +123,7 @@ class Receipt(Strict):
         for at in range(0, len(body), BATCH_BYTES):
             batch, offset = body[at : at + BATCH_BYTES], start + at
             try:
-                await patiently(
+                await wire.patiently(
                     lambda batch=batch, offset=offset: send(  # type: ignore[misc]
                         wire, f"{self.path}/log", self.token, offset, batch
                     )

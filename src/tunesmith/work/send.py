@@ -24,7 +24,7 @@ from tunesmith.spec.transfer import (
     checked_manifest,
     pieces,
 )
-from tunesmith.work.wire import Nothing, Unreachable, Wire, patiently, told_as_unreachable
+from tunesmith.work.wire import Nothing, Unreachable, Wire, told_as_unreachable
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +66,12 @@ class Sender:
         cut = {piece.index: piece for piece in pieces(checked_manifest(offer.manifest, 1 << 62))}
         heard, faults, least = time.monotonic(), 0, len(cut) + 1
         while True:
-            plan = await patiently(lambda: self._plan(offer))
+            plan = await self.wire.patiently(lambda: self._plan(offer))
             if len(plan.missing) < least:
                 heard, least = time.monotonic(), len(plan.missing)
             try:
                 if not plan.missing:
-                    return (await patiently(lambda: self._commit(parcel))).path
+                    return (await self.wire.patiently(lambda: self._commit(parcel))).path
                 await self._send_some(plan, folder, cut, parcel)
             except FencedError:
                 raise
@@ -100,7 +100,7 @@ class Sender:
             for index in plan.missing:
                 body = await asyncio.to_thread(_read, folder, cut[index])
                 path = f"{self.path}/uploads/{parcel.manifest_sha256}/{index}"
-                await patiently(lambda path=path, body=body: self._put(path, body))  # type: ignore[misc]
+                await self.wire.patiently(lambda path=path, body=body: self._put(path, body))  # type: ignore[misc]
             return
         for one in plan.urls:
             body = await asyncio.to_thread(_read, folder, cut[one.index])

@@ -6,15 +6,15 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tunesmith.errors import FencedError, TuningAPIError
 from tunesmith.manifest import BrokenManifest, verify
 from tunesmith.spec.hands import Assignment
-from tunesmith.spec.pipe import Inputs, Notice
+from tunesmith.spec.pipe import KNOWN, Inputs, Notice
 from tunesmith.spec.records import CheckpointRow
 from tunesmith.spec.transfer import InputListing, RemoteFile, RemoteFolder
 from tunesmith.work.cache import Cache, link
@@ -95,6 +95,16 @@ class Staging:
         if not self.is_remote:
             return self.mount.to_theirs(path)
         return str(Path(self.job.attempt_dir) / Path(path).relative_to(self.attempt_dir))
+
+    def note_known(self, accepted: Sequence[dict[str, Any]]) -> None:
+        """Have the trainer keep the newest checkpoint that the API knows of, if it is here."""
+        made = [event["path"] for event in accepted if event["type"] == "checkpointed"]
+        if not made or self.is_remote:
+            return
+        place = self.attempt_dir / KNOWN
+        with contextlib.suppress(OSError):  # a full disk: then it lets go of the older ones
+            place.with_suffix(".part").write_text(Path(made[-1]).name, "ascii")
+            place.with_suffix(".part").replace(place)
 
     def clear(self) -> None:
         """Of a host of its own: the API has what was made."""

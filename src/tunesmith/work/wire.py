@@ -23,6 +23,10 @@ from tuning_sdk.errors import error_for
 log = logging.getLogger(__name__)
 
 PREFIX = "/internal/v1"
+ADDRESS = "api.json"
+"""In the workspace's home: where its API is, by itself."""
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.2, 10.0
+"""Between two tries; doubled each time."""
 STRANGER_SECONDS = 600.0
 """How long a refused token is shown again: for a while, another server may have the port."""
 Answer = TypeVar("Answer", bound=BaseModel)
@@ -58,6 +62,7 @@ class Wire:
         )
         """The connections; used from outside only for addresses that are not the API's."""
         self._is_away = False
+        self._stirred = asyncio.Event()
 
     async def close(self) -> None:
         await self.strangers.aclose()
@@ -132,7 +137,28 @@ class Wire:
         seconds: float = 30,
     ) -> Answer:
         """Ask until it is answered, with growing pauses. Raises FencedError, TuningAPIError."""
-        return await patiently(lambda: self.ask(path, body, answer, token, seconds))
+        return await self.patiently(lambda: self.ask(path, body, answer, token, seconds))
+
+    async def patiently(self, once: Callable[[], Awaitable[T]]) -> T:
+        """Try until there is an answer, with growing pauses. Raises FencedError, TuningAPIError."""
+        pause, stranger_since = FIRST_PAUSE_SECONDS, None
+        while True:
+            try:
+                return await once()
+            except Unreachable:
+                stranger_since = None
+            except AuthenticationError:
+                stranger_since = stranger_since or time.monotonic()
+                if time.monotonic() - stranger_since > STRANGER_SECONDS:
+                    raise
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stirred.wait(), pause * random.uniform(0.8, 1.2))
+            pause = min(pause * 2, MAX_PAUSE_SECONDS)
+
+    def stir(self) -> None:
+        """Whoever pauses tries again now."""
+        self._stirred.set()
+        self._stirred = asyncio.Event()
 
     def _own_headers(self, token: str | None) -> dict[str, str]:
         return {
@@ -141,16 +167,21 @@ class Wire:
         }
 
     def _note(self, trouble: str) -> None:
-        """One line when the API goes away, and one when it is back."""
-        if bool(trouble) != self._is_away:
-            self._is_away = bool(trouble)
-            log.warning("the API is away: %s", trouble) if trouble else log.info("the API is back")
+        """One line when the API goes away, and one when it is back: then nobody waits longer."""
+        if bool(trouble) == self._is_away:
+            return
+        self._is_away = bool(trouble)
+        if trouble:
+            log.warning("the API is away: %s", trouble)
+        else:
+            log.info("the API is back")
+            self.stir()
 
     def _address(self) -> str:
         if self._server:
             return self._server.rstrip("/")
         try:
-            found = json.loads((self._home / "api.json").read_bytes())
+            found = json.loads((self._home / ADDRESS).read_bytes())
             url, has_ended = str(found["url"]), _has_ended(found)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise Unreachable("no API has written its address yet") from None
@@ -168,22 +199,6 @@ class Wire:
         if not token.isprintable() or not token:
             raise Unreachable("no worker token yet")
         return token
-
-
-async def patiently(once: Callable[[], Awaitable[T]]) -> T:
-    """Try until there is an answer, with growing pauses. Raises FencedError, TuningAPIError."""
-    pause, stranger_since = 0.2, None
-    while True:
-        try:
-            return await once()
-        except Unreachable:
-            stranger_since = None
-        except AuthenticationError:
-            stranger_since = stranger_since or time.monotonic()
-            if time.monotonic() - stranger_since > STRANGER_SECONDS:
-                raise
-        await asyncio.sleep(pause * random.uniform(0.8, 1.2))
-        pause = min(pause * 2, 10)
 
 
 @contextlib.contextmanager

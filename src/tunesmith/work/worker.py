@@ -30,7 +30,7 @@ from tunesmith.work.place import house_id, network, own_mark
 from tunesmith.work.receipt import Receipt, left_over
 from tunesmith.work.session import die_with_parent
 from tunesmith.work.staging import Site
-from tunesmith.work.wire import Unreachable, Wire
+from tunesmith.work.wire import ADDRESS, Unreachable, Wire
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +51,25 @@ ALONE_SECONDS = 60.0
 """A worker for one job gives up where no API answers for so long before its claim."""
 
 
-def run(settings: Settings, server: str | None = None, token: str | None = None) -> int:
-    """Work until SIGTERM or SIGINT. Returns the exit status; 75 where another worker is here."""
+def run(
+    settings: Settings,
+    server: str | None = None,
+    token: str | None = None,
+    is_beside: bool = False,
+) -> int:
+    """Work until SIGTERM or SIGINT. Returns the exit status; 75 where another worker is here.
+
+    `is_beside`: started by a server, which writes its address down before, and takes it away when
+    it is stopped. Where it was killed just then, and the next one came and went meanwhile, nobody
+    would be left to stop this worker.
+    """
     with locked(settings) as is_alone:
         if not is_alone:
             log.error("another worker already serves this workspace on this host")
             return EXIT_LOCKED
+        if is_beside and not (settings.home / ADDRESS).exists():
+            log.warning("the server that started this worker has gone")
+            return 0
         asyncio.run(Worker(settings, server, token).work())
     return 0
 
@@ -188,19 +201,24 @@ class Worker:
         await self.wire.close()
 
     async def _see_off(self) -> None:
-        """Until all attempts have ended, and those that only wait for the API had their chance."""
+        """Until all attempts have ended, and what only waits for the API had its chance."""
         deadline = time.monotonic() + SHUTDOWN_SECONDS + 5
         only_waiting_since = math.inf
+        self.wire.stir()
         await self._give_back()
-        while self._attempts and (now := time.monotonic()) < deadline:
+        while tasks := self._under_way():
+            if (now := time.monotonic()) > deadline:
+                return
             if any(attempt.is_busy for attempt, _ in self._attempts.values()):
                 only_waiting_since = math.inf
             else:
                 only_waiting_since = min(only_waiting_since, now)
                 if now - only_waiting_since > DELIVER_SECONDS:
                     return
-            tasks = [task for _, task in self._attempts.values()]
             await asyncio.wait(tasks, timeout=0.2, return_when=asyncio.FIRST_COMPLETED)
+
+    def _under_way(self) -> "list[asyncio.Task[None]]":
+        return [*(task for _, task in self._attempts.values()), *self._returning.values()]
 
     async def _give_back(self) -> None:
         """A claim may have been on its way to us when the poll was broken off: ask for it again,
@@ -342,6 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tunesmith.work.worker")
     parser.add_argument("--parent", type=int, metavar="PID", help="be killed when this one ends")
     parser.add_argument("--server", metavar="URL", help="with TUNESMITH_WORKER_TOKEN")
+    parser.add_argument("--beside", action="store_true", help="started by a server of this folder")
     parser.add_argument("--only", metavar="JOB", default="", help="run this job, then end")
     asked = parser.parse_args(argv)
     if asked.parent is not None and not _is_tied_to(asked.parent):
@@ -355,7 +374,7 @@ def main(argv: list[str] | None = None) -> int:
     if asked.only:
         asyncio.run(Worker(settings, asked.server, token, only=asked.only).work())
         return 0
-    return run(settings, asked.server, token)
+    return run(settings, asked.server, token, asked.beside)
 
 
 def _is_tied_to(parent: int) -> bool:
