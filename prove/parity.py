@@ -17,6 +17,8 @@ STEPS_A_KILL = 80
 KINDS: dict[str, dict[str, Any]] = {
     "SFT full": {"use_lora": False},
     "SFT LoRA": {"use_lora": True, "lora_dropout": 0.1},
+    "DPO full": {"kind": "dpo", "use_lora": False, "learning_rate": 1e-5},
+    "DPO LoRA": {"kind": "dpo", "use_lora": True},
 }
 
 

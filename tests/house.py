@@ -116,10 +116,12 @@ class House:
 
     # what a client does
 
-    def submit(self, **fields: Any) -> str:
-        body = {"model_name": "models/tiny", "dataset_path": "data/chat.jsonl", **fields}
+    def submit(self, kind: str = "sft", **fields: Any) -> str:
+        """`kind`: sft or dpo."""
+        dataset = {"sft": "data/chat.jsonl", "dpo": "data/pairs.jsonl"}[kind]
+        body = {"model_name": "models/tiny", "dataset_path": dataset, **fields}
         with self.client as client:
-            reply = client.post("/train/sft", json=body)
+            reply = client.post(f"/train/{kind}", json=body)
         assert reply.status_code == 200, reply.text
         return str(reply.json()["job_id"])
 
@@ -207,6 +209,7 @@ def build(workspace: Path, **over: str) -> House:
     make_model(workspace / "models" / "tiny")
     (workspace / "data").mkdir()
     write_rows(workspace / "data" / "chat.jsonl", chats(64))
+    write_rows(workspace / "data" / "pairs.jsonl", preferences(64))
     return House(workspace, over)
 
 
@@ -217,6 +220,17 @@ def chats(count: int) -> list[dict[str, Any]]:
                 {"role": "user", "content": f"{WORDS[i % len(WORDS)]} {i}"},
                 {"role": "assistant", "content": WORDS[(i * 3) % len(WORDS)]},
             ]
+        }
+        for i in range(count)
+    ]
+
+
+def preferences(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": f"{WORDS[i % len(WORDS)]} {i}",
+            "chosen": WORDS[(i * 3) % len(WORDS)],
+            "rejected": WORDS[(i * 3 + 1) % len(WORDS)],
         }
         for i in range(count)
     ]

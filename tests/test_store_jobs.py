@@ -636,6 +636,18 @@ def test_only_failures_worth_it_are_tried_again(ledger: Ledger, failure: Failure
     check_history(ledger, job.id)
 
 
+def test_a_success_that_comes_after_the_job_s_end_is_fenced(ledger: Ledger) -> None:
+    """What an ended job's attempt made is not even looked at: it is promoted nowhere."""
+    job = ledger.start()
+    ledger.stop(job.id)
+    ledger.clock.pass_by(600)
+    [ended] = ledger.reap()
+    assert ended.state is JobState.CANCELLED
+    with pytest.raises(FencedError):
+        ledger.finish(job.id, 1, succeeded(), promote=None)
+    assert ledger.get(job.id) == ended
+
+
 def test_retries_end(ledger: Ledger) -> None:
     job = ledger.submit()
     for fence in (1, 2, 3):

@@ -254,6 +254,9 @@ class Worker:
             moved.append(job.id)
             return job.output_dir
 
+        # The server makes nothing ready where the job has ended before it looks.
+        has_ended = self.stage.floor.read(lambda tx: jobs.get(tx, attempt.job_id)).state.is_final
+
         def work(tx: Connection) -> Job:
             claims.check_token(tx, attempt.job_id, attempt.fence, attempt.token)
             return jobs.finish(
@@ -261,7 +264,7 @@ class Worker:
                 attempt.job_id,
                 attempt.fence,
                 outcome,
-                promote=promote,
+                promote=None if has_ended else promote,
                 max_lapses=MAX_LAPSES,
                 backoff_seconds=BACKOFF,
             )

@@ -69,6 +69,8 @@ def finish(
         if recorded != outcome.model_dump(mode="json"):
             raise rows.fenced(job_id, fence)
         return rows.to_job(row)
+    if JobState(row["state"]).is_final:  # nothing was made ready to promote, then
+        raise rows.fenced(job_id, fence)
     retry = Retry(max_lapses, backoff_seconds)
     verdict = _judge(row, outcome, retry)
     is_oom = verdict.failure_class is FailureClass.OOM_HOST and not row["stop_mode"]
