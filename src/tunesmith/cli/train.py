@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from tunesmith.cli.columns import ColumnsOption, columns_of
 from tunesmith.cli.place import JsonOption, KeyOption, ServerOption, WorkspaceOption, client_for
 from tunesmith.cli.terminal import USAGE, CommandError, show, show_json, suggest, tell
 
@@ -86,6 +87,7 @@ def train_sft(
     lora: Annotated[bool | None, typer.Option("--lora/--full", help="Adapters or all.")] = None,
     lora_r: Annotated[int | None, typer.Option(help="The adapters' rank.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
+    columns: ColumnsOption = None,
     more: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of POST /train/sft."),
@@ -110,11 +112,12 @@ def train_sft(
         "use_lora": lora,
         "lora_r": lora_r,
         "seed": seed,
+        "columns": columns_of(columns),
         **_assignments(more or []),
     }
     fields = {name: value for name, value in fields.items() if value is not None}
     with client_for(server, api_key, workspace) as client:
-        path = _uploaded(client, dataset) if upload else dataset
+        path = _uploaded(client, dataset, fields.get("columns")) if upload else dataset
         created = client.jobs.train_sft(model, path, **fields)
         if as_json:
             show_json(created.model_dump(mode="json"))
@@ -136,11 +139,11 @@ def _follow(client: "TuningClient", job_id: str, as_json: bool) -> int:
         raise
 
 
-def _uploaded(client: "TuningClient", path: str) -> str:
+def _uploaded(client: "TuningClient", path: str, columns: dict[str, str] | None) -> str:
     from tunesmith.cli.sending import Sending
 
     with Sending(Path(path).name) as sending:
-        stored = client.datasets.upload(path, sending.take)
+        stored = client.datasets.upload(path, sending.take, columns=columns)
     tell(f"{stored.dataset_path}: {stored.num_samples} samples, {stored.format}")
     return stored.dataset_path
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from sqlalchemy.engine import Connection
 
+from tunesmith.data.reading import Reading
 from tunesmith.errors import (
     BadRequestError,
     NoSpaceError,
@@ -71,10 +72,11 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
     spec, free_bytes = asked.spec, look.free_bytes()
     model = look.base(spec.model, who, asked.name("model"))
     _refuse_model(model, asked)
-    training = look.pinned(spec.dataset, who, asked.name("dataset"))
+    reading = Reading.of(spec)
+    training = look.pinned(spec.dataset, who, asked.name("dataset"), reading)
     evaluation = None
     if spec.eval_dataset is not None:
-        evaluation = look.pinned(spec.eval_dataset, who, asked.name("eval_dataset"))
+        evaluation = look.pinned(spec.eval_dataset, who, asked.name("eval_dataset"), reading)
     output_dir = None if asked.output_dir is None else output.find(hub, asked, model.folder)
     _refuse_full_disk(spec, model, free_bytes)
     workers = look.workers()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.data.reading import Reading
 from tunesmith.data.render import NOTICES, Renderer
 from tunesmith.data.rows import RowFault, RowIndex
 from tunesmith.errors import FailureClass, JobFailure
@@ -108,7 +109,8 @@ class Job:
         return plan.choose(self._task, self._group.size)
 
     def _open(self, files: ExitStack) -> Opened:
-        rows = files.enter_context(open_rows(self._task.inputs.dataset))
+        reading = Reading.of(self._spec)
+        rows = files.enter_context(open_rows(self._task.inputs.dataset, reading))
         model = open_model(
             self._task.inputs.model,
             lora=self._lora,
@@ -120,12 +122,14 @@ class Job:
             quantization=self._spec.run.quantization,
             from_scratch=getattr(self._spec, "from_scratch", False),
         )
-        evaluation = self._task.inputs.eval_dataset
+        held_out, evaluation = None, self._task.inputs.eval_dataset
+        if evaluation is not None:
+            held_out = files.enter_context(open_rows(evaluation, reading))
         return Opened(
             model=model,
             renderer=self._renderer(rows),
             rows=rows,
-            eval_rows=None if evaluation is None else files.enter_context(open_rows(evaluation)),
+            eval_rows=held_out,
             max_length=self._max_length(model),
             named=self._task.inputs.named,
         )
@@ -277,10 +281,10 @@ class Job:
         self._report.send(Notice(level="warning", code=code, message=message, detail=detail or {}))
 
 
-def open_rows(path: str) -> RowIndex:
+def open_rows(path: str, reading: Reading = Reading()) -> RowIndex:
     """Raises JobFailure(data_error) that names the line."""
     try:
-        rows = RowIndex.open(Path(path))
+        rows = RowIndex.open(Path(path), reading)
     except RowFault as fault:
         raise JobFailure(FailureClass.DATA_ERROR, fault.message) from fault
     if not len(rows):

@@ -2,26 +2,19 @@
 
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from tunesmith.data.render import Encoded, Renderer, TemplateError
+from tunesmith.data.fit import Cut, Fitted, fit
+from tunesmith.data.render import Renderer, TemplateError
 from tunesmith.data.rows import Row, RowFault, RowIndex
-from tunesmith.errors import FailureClass, JobFailure, ValidationError
+from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.train.batches import Interrupted, Sample, Shuffle
 from tunesmith.train.omissions import Omissions
 
+__all__ = ["Cut", "RowSource", "read_row"]
+
 KEPT_TOKENS = 8 << 20
 """Encoded tokens held for the next epoch (12 bytes each); rows beyond are encoded again."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What becomes of long rows, and what counts as a label."""
-
-    max_length: int
-    overlong: Literal["drop", "truncate", "refuse"]
-    train_on: Literal["completions", "all"]
 
 
 class RowSource:
@@ -88,50 +81,36 @@ class RowSource:
 
     def _read(self, index: int) -> Sample | None:
         row = read_row(self._rows, index)
-        encoded = self._encode(row)
-        if encoded is None:
-            self._omit("masked", row.line)
+        fitted = self._fit(row)
+        if fitted.notice is not None:
+            self.omissions.notices.add(fitted.notice)
+        if fitted.is_truncated:
+            self._omit("truncated", row.line)
+        if fitted.left_out is not None:
+            self._omit(fitted.left_out, row.line)
             return None
-        sample = self._fit(encoded, row.line)
-        if sample is None:
-            return None
-        if not sample.labels:
-            self._omit("masked", row.line)
-            return None
+        sample = Sample.of(array("i", fitted.ids), fitted.mask)
         if len(sample.ids) <= self._room:
             self._room -= len(sample.ids)
             self._kept[index] = sample
         return sample
 
-    def _encode(self, row: Row) -> Encoded | None:
-        """None where nothing of the row can be learnt. Raises JobFailure(data_error)."""
+    def _fit(self, row: Row) -> Fitted:
+        """Raises JobFailure(data_error)."""
         try:
-            encoded = self._renderer.encode(row, self._cut.train_on)
+            fitted = fit(self._renderer, row, self._cut)
         except TemplateError as error:
             raise JobFailure(
                 FailureClass.DATA_ERROR, f"line {row.line}: {error.message}"
             ) from error
-        except ValidationError:
-            return None
-        if encoded.notice is not None:
-            self.omissions.notices.add(encoded.notice)
-        return encoded
-
-    def _fit(self, encoded: Encoded, line: int) -> Sample | None:
-        limit = self._cut.max_length
-        length = len(encoded.ids)
-        if length > limit and self._cut.overlong == "refuse":
+        if fitted.left_out == "refused":
             raise JobFailure(
                 FailureClass.DATA_ERROR,
-                f"line {line}: {length:,} tokens, over max_length {limit:,}",
+                f"line {row.line}: {fitted.length:,} tokens, over max_length "
+                f"{self._cut.max_length:,}",
                 "shorten the row, raise max_length, or ask for overlong: drop or truncate",
             )
-        if length > limit and self._cut.overlong == "drop":
-            self._omit("overlong", line)
-            return None
-        if length > limit:
-            self._omit("truncated", line)
-        return Sample.of(array("i", encoded.ids[:limit]), encoded.mask[:limit])
+        return fitted
 
     def _omit(self, reason: str, line: int) -> None:
         if self._epoch == 0:

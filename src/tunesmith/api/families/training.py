@@ -14,7 +14,7 @@ from tunesmith.errors import BadRequestError
 from tunesmith.hub.asked import Request as SubmitRequest
 from tunesmith.spec.records import JobState, StopMode
 from tunesmith.spec.strict import Name
-from tunesmith.spec.train import MAX_LENGTH_LIMIT, Lora, Optim, Run, Sft, Target
+from tunesmith.spec.train import MAX_LENGTH_LIMIT, Columns, Lora, Optim, Run, Sft, Target
 from tunesmith.store.listing import line_of
 
 router = APIRouter(tags=["training"], route_class=StrictRoute, dependencies=[Depends(caller)])
@@ -40,7 +40,8 @@ class SftRequest(BaseModel):
         examples=["gpt2"],
     )
     dataset_path: Name = Field(
-        description="a .json array or a .jsonl file, in the workspace or uploaded",
+        description="a .json array, a .jsonl, .csv, .tsv or .parquet file, in the workspace or "
+        "uploaded",
         examples=["data/my_dataset.json"],
     )
     output_dir: Name | None = Field(
@@ -89,6 +90,12 @@ class SftRequest(BaseModel):
         1, ge=1, le=1024, description="GPUs that share each step (on a CPU: processes)"
     )
     eval_dataset_path: Name | None = Field(None, description="held-out data, same formats")
+    columns: Columns = Field(
+        {},
+        description="field of a format → column of the files, mapped by hand; other columns are "
+        "then ignored",
+        examples=[{"instruction": "question", "output": "answer"}],
+    )
     logging_steps: int = Field(1, ge=1, le=1_000_000, description="steps between reported losses")
     save_steps: int | None = Field(
         None, ge=1, le=100_000_000, description="steps between checkpoints; also every minute"
@@ -115,6 +122,7 @@ class SftRequest(BaseModel):
             model=self.model_name,
             dataset=self.dataset_path,
             eval_dataset=self.eval_dataset_path,
+            columns=self.columns,
             max_length=self.max_length,
             overlong=self.overlong,
             train_on=self.train_on,
