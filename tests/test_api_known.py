@@ -11,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from api_fixtures import ASKED, LOCAL, ROW, hub_of, make_workspace, open_door
+from tunesmith.data.reading import Reading
 from tunesmith.hub.folder import read
 from tunesmith.hub.known import Unknown
 from tunesmith.hub.principal import Principal
@@ -36,7 +37,7 @@ def is_known(door: TestClient) -> bool:
         known, who = hub_of(door).known, Principal.local()
         try:
             known.base(ASKED["model_name"], who, "")
-            known.pinned(ASKED["dataset_path"], who, "")
+            known.pinned(ASKED["dataset_path"], who, "", Reading())
         except Unknown:
             return False
         return True

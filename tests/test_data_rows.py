@@ -7,7 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.rows import Row, RowFault, RowIndex, check_file
+from tunesmith.data import twins
+from tunesmith.data.reading import Reading
+from tunesmith.data.rows import Row, RowFault, RowIndex, check_file, overlap
+from tunesmith.data.twins import Prints
 from tunesmith.errors import BadRequestError, NotFoundError
 
 CHAT = {
@@ -399,3 +402,81 @@ def taken(index, at):
 
 def index_lines(index):
     return [index.line(at) for at in range(len(index))]
+
+
+def plain(folder, *texts, controls="refused", name="a.jsonl"):
+    body = lines(*({"text": text} for text in texts)) if name == "a.jsonl" else "\n\n".join(texts)
+    return check_file(write(folder, body, name), reading=Reading(controls=controls))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+@pytest.mark.parametrize("sign", ["\x07", "\x1b", "\x7f", "\x85", "\x00", "\x0b"])
+def test_a_control_character_in_a_corpus_is_refused_and_can_be_removed(tmp_path, name, sign):
+    texts = ("a", f"글{sign}文", "c")
+    report = plain(tmp_path, *texts, name=name)
+    assert report.fault_count == 1
+    assert report.faults[0].line == (2 if name == "a.jsonl" else 3)
+    assert ("NUL" if sign == "\0" else f"U+{ord(sign):04X}") in report.faults[0].msg
+    reading = Reading(controls="removed")
+    assert plain(tmp_path, *texts, controls="removed", name=name).fault_count == 0
+    assert RowIndex.open(tmp_path / name, reading)[1].text == "글文"
+
+
+def test_tabs_and_newlines_are_no_control_characters(tmp_path):
+    assert plain(tmp_path, "a\tb\nc\r\nd").fault_count == 0
+    assert plain(tmp_path, "a\rb").fault_count == 1
+
+
+def test_raw_control_bytes_are_removed_before_a_line_is_read(tmp_path):
+    path = write(tmp_path, b'{"text": "a\x00\x07b"}\n')
+    assert check_file(path).fault_count == 1
+    assert RowIndex.open(path, Reading(controls="removed"))[0].text == "ab"
+
+
+def test_control_characters_in_conversations_are_kept(tmp_path):
+    row = {"prompt": "a\x07", "completion": "b\x1b"}
+    assert check_file(write(tmp_path, lines(row)), reading=Reading()).fault_count == 0
+
+
+def twin_lines(report):
+    return [(twin.line, twin.first) for twin in report.duplicates.first]
+
+
+def test_rows_that_say_the_same_are_counted_and_named_whatever_their_spelling(tmp_path):
+    body = (
+        '{"prompt": "a", "completion": "b"}\n'
+        '{"prompt": "a", "completion": "c"}\n'
+        '{"id": 3, "completion": "b",   "prompt": "a"}\n'
+        '{"prompt": "\\u0061", "completion": "b"}\n'
+    )
+    report = check_file(write(tmp_path, body))
+    assert (report.fault_count, report.duplicates.count) == (0, 2)
+    assert twin_lines(report) == [(3, 1), (4, 1)]
+
+
+def test_only_the_first_twins_are_named_and_all_are_counted(tmp_path):
+    report = check_file(write(tmp_path, lines(*[{"text": str(at % 100)} for at in range(5000)])))
+    assert report.duplicates.count == 4900
+    assert twin_lines(report) == [(line, line - 100) for line in range(101, 121)]
+
+
+def test_twins_are_found_where_they_overflow_to_a_file(tmp_path):
+    count = 300_000
+    with Prints(tmp_path) as prints:
+        for at in range(count):
+            prints.add(Row(at + 1, text=str(at % (count - 3))))
+        assert prints._file is not None
+        found = twins.repeats(prints)
+    assert found.count == 3
+    assert [(twin.line, twin.first) for twin in found.first] == [
+        (count - 2 + at, 1 + at) for at in range(3)
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_of_one_file_are_found_in_another_of_another_format(tmp_path):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    one = RowIndex.open(write(tmp_path, lines({"messages": chat}, CHAT), "a.jsonl"))
+    two = RowIndex.open(write(tmp_path, "instruction,output\nx,y\na,b\n", "b.csv"))
+    found = overlap(one, two, tmp_path)
+    assert (found.count, found.first[0].line, found.first[0].first) == (1, 1, 3)

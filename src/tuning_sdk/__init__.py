@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         JobEvent,
         LogLines,
         Model,
+        Preview,
+        Token,
     )
 
 __version__ = "0.1.0"
@@ -51,6 +53,8 @@ _HOMES = {
     "JobEvent": "models",
     "LogLines": "models",
     "Model": "models",
+    "Preview": "models",
+    "Token": "models",
 }
 
 __all__ = [
@@ -66,9 +70,11 @@ __all__ = [
     "Model",
     "NotFoundError",
     "PermissionError",
+    "Preview",
     "RateLimitError",
     "ServerError",
     "TimeoutError",
+    "Token",
     "TuningAPIError",
     "TuningClient",
     "ValidationError",

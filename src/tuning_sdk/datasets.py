@@ -1,12 +1,14 @@
 """Uploads: streamed from the disk, with progress."""
 
+import json
+import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tuning_sdk.models import Dataset
+from tuning_sdk.models import Dataset, Preview
 from tuning_sdk.retry import Call
 from tuning_sdk.transport import Transport
 
@@ -21,8 +23,14 @@ class Datasets:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    def upload(self, path: str | Path, on_progress: OnSent | None = None) -> Dataset:
-        """Send a file; it is checked while it is stored.
+    def upload(
+        self,
+        path: str | Path,
+        on_progress: OnSent | None = None,
+        *,
+        columns: Mapping[str, str] | None = None,
+    ) -> Dataset:
+        """Send a file; it is checked while it is stored, under the names that `columns` maps.
 
         Raises FileNotFoundError, ValidationError (with the faulty lines), PayloadTooLargeError.
         """
@@ -39,10 +47,35 @@ class Datasets:
         call = Call(
             "POST",
             "/upload/dataset",
+            params={"columns": json.dumps(dict(columns))} if columns else {},
             idempotency_key=str(uuid.uuid4()),
             read_seconds=_READ_SECONDS,
         )
         return Dataset.of(self._transport.send(call, opened))
+
+    def preview(
+        self,
+        dataset_path: str | os.PathLike[str],
+        model_name: str,
+        row: int | None = None,
+        *,
+        line: int | None = None,
+        **fields: Any,
+    ) -> Preview:
+        """A row as it would be trained on: its tokens, and which of them are learnt.
+
+        `fields` are those of POST /data/preview, such as `max_length`, `overlong`, `columns`.
+        Raises NotFoundError, ValidationError (the row cannot be read, or is not there).
+        """
+        body = {
+            "dataset_path": os.fspath(dataset_path),
+            "model_name": model_name,
+            "row": row,
+            "line": line,
+            **fields,
+        }
+        call = Call("POST", "/data/preview", json=body, read_seconds=_READ_SECONDS)
+        return Preview.of(self._transport.send(call))
 
 
 class _Measured:

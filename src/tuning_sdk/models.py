@@ -112,6 +112,37 @@ class Dataset(Answer):
     format: str = ""
 
 
+class Token(Answer):
+    id: int
+    text: str = ""
+    """A part of a character reads as its bytes, `\\xed\\x95`."""
+    is_bytes: bool = False
+    weight: int = 0
+    """1: learnt; 0: seen only."""
+
+
+class Preview(Answer):
+    """A row as it would be trained on."""
+
+    fate: str
+    """trained, truncated, dropped, masked or refused."""
+    why: str = ""
+    row: int = 1
+    line: int = 0
+    format: str = ""
+    max_length: int = 0
+    """Tokens: the model's context, where that is shorter than what was asked for."""
+    length: int = 0
+    """Tokens before anything is cut off."""
+    trained_tokens: int = 0
+    ids: tuple[int, ...] = ()
+    weights: tuple[int, ...] = ()
+    tokens: tuple[Token, ...] = ()
+    text: str = ""
+    """What the template makes of the row."""
+    template: str | None = None
+
+
 class Model(Answer):
     id: str
     object: str = "model"

@@ -29,7 +29,7 @@ from tunesmith.cli.terminal import (
 )
 
 models = typer.Typer(no_args_is_help=True, help="Names of local models.")
-data = typer.Typer(no_args_is_help=True, help="Names of local data sets.")
+data = typer.Typer(no_args_is_help=True, help="Data sets: checked, shown, given names.")
 keys = typer.Typer(no_args_is_help=True, help="Keys that callers send.")
 
 NameArgument = Annotated[str, typer.Argument(help="The name; slashes are allowed.")]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from tunesmith.cli.columns import ColumnsOption, columns_of
 from tunesmith.cli.place import JsonOption, KeyOption, ServerOption, WorkspaceOption, client_for
 from tunesmith.cli.terminal import USAGE, CommandError, show, show_json, suggest, tell
 
@@ -104,6 +105,7 @@ def train_sft(
     lora: UseLora = None,
     lora_r: LoraRank = None,
     seed: Seed = None,
+    columns: ColumnsOption = None,
     more: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of POST /train/sft."),
@@ -126,6 +128,7 @@ def train_sft(
         "use_lora": lora,
         "lora_r": lora_r,
         "seed": seed,
+        "columns": columns_of(columns),
         **_assignments(more or []),
     }
     with client_for(server, api_key, workspace) as client:
@@ -147,6 +150,7 @@ def train_dpo(
     lora: UseLora = None,
     lora_r: LoraRank = None,
     seed: Seed = None,
+    columns: ColumnsOption = None,
     more: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of POST /train/dpo."),
@@ -171,6 +175,7 @@ def train_dpo(
         "use_lora": lora,
         "lora_r": lora_r,
         "seed": seed,
+        "columns": columns_of(columns),
         **_assignments(more or []),
     }
     with client_for(server, api_key, workspace) as client:
@@ -187,7 +192,7 @@ def _start(
     """`inputs`: model and data set; `ways`: upload, wait, as JSON. Fields of None are left out."""
     (model, dataset), (upload, wait, as_json) = inputs, ways
     given = {name: value for name, value in fields.items() if value is not None}
-    path = _uploaded(client, dataset) if upload else dataset
+    path = _uploaded(client, dataset, given.get("columns")) if upload else dataset
     created = submit(model, path, **given)
     if as_json:
         show_json(created.model_dump(mode="json"))
@@ -209,11 +214,11 @@ def _follow(client: "TuningClient", job_id: str, as_json: bool) -> int:
         raise
 
 
-def _uploaded(client: "TuningClient", path: str) -> str:
+def _uploaded(client: "TuningClient", path: str, columns: dict[str, str] | None) -> str:
     from tunesmith.cli.sending import Sending
 
     with Sending(Path(path).name) as sending:
-        stored = client.datasets.upload(path, sending.take)
+        stored = client.datasets.upload(path, sending.take, columns=columns)
     tell(f"{stored.dataset_path}: {stored.num_samples} samples, {stored.format}")
     return stored.dataset_path
 

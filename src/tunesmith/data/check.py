@@ -5,10 +5,11 @@ shows that it fits: first its size in bytes, then the sizes of its words, each w
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
+from tunesmith.data.fit import Cut, Overlong, fit_encoded
 from tunesmith.data.formats import Row, RowFault
 from tunesmith.data.render import NOTICES, Encoded, Renderer, TemplateError, TrainOn
 from tunesmith.data.rows import RowIndex
@@ -16,7 +17,6 @@ from tunesmith.errors import ValidationError
 from tunesmith.spec.chat import Message
 from tunesmith.spec.strict import Sha256, Strict
 
-Overlong = Literal["drop", "truncate", "refuse"]
 _BATCH = 256
 _LINES = 20
 _MAX_PATTERNS = 256
@@ -44,6 +44,9 @@ class Verdict(Strict):
     masked_count: int = 0
     """Rows that teach nothing, their answers cut off or no longer different for one."""
     masked_lines: tuple[int, ...] = ()
+    cut_off_count: int = 0
+    """Rows whose answers lose their end to `overlong: truncate`, and teach the rest."""
+    cut_off_lines: tuple[int, ...] = ()
     fault_count: int = 0
     fault_lines: tuple[int, ...] = ()
     notices: tuple[str, ...] = ()
@@ -95,11 +98,13 @@ class _Tally:
         self, renderer: Renderer, max_length: int, overlong: Overlong, train_on: TrainOn
     ) -> None:
         self.renderer, self.max_length = renderer, max_length
+        self.cut = Cut(max_length, overlong, train_on)
         self.overlong: Overlong = overlong
         self.train_on: TrainOn = train_on
         self.tokens = self.tokenised = self.left_out = 0
         self.long: list[int] = []
         self.masked: list[int] = []
+        self.cut_off: list[int] = []
         self.faults: list[int] = []
         self.notices: set[str] = set()
         self.first_fault = self.why = ""
@@ -133,16 +138,18 @@ class _Tally:
         self.tokenised += 1
         self.tokens += sum(len(one.ids) for one in sequences)
         self.notices |= {NOTICES[one.notice] for one in sequences if one.notice}
-        is_long = any(len(one.ids) > self.max_length for one in sequences)
-        is_masked = not all(any(one.mask[1 : self.max_length]) for one in sequences)
-        seen = {tuple(one.ids[: self.max_length]) for one in sequences}
-        is_masked = is_masked or len(seen) < len(sequences)
-        if is_long:
+        fitted = [fit_encoded(one, self.cut) for one in sequences]
+        reasons = {one.left_out for one in fitted}
+        is_over = bool(reasons & {"overlong", "refused"})
+        are_alike = len({tuple(one.ids) for one in fitted}) < len(fitted)
+        is_masked = not is_over and ("masked" in reasons or are_alike)
+        if any(one.length > self.max_length for one in fitted):
             self.long.append(line)
-        if is_masked and (self.overlong == "truncate" or not is_long):
+        if is_masked:
             self.masked.append(line)
-        if (is_long and self.overlong == "drop") or is_masked:
-            self.left_out += 1
+        elif not is_over and any(any(one.mask[self.max_length :]) for one in sequences):
+            self.cut_off.append(line)
+        self.left_out += is_over or is_masked
 
     def verdict(self, rows: int) -> Verdict:
         return Verdict(
@@ -157,6 +164,8 @@ class _Tally:
             overlong_lines=tuple(self.long[:_LINES]),
             masked_count=len(self.masked),
             masked_lines=tuple(self.masked[:_LINES]),
+            cut_off_count=len(self.cut_off),
+            cut_off_lines=tuple(self.cut_off[:_LINES]),
             fault_count=len(self.faults),
             fault_lines=tuple(self.faults[:_LINES]),
             notices=tuple(sorted(self.notices)),

@@ -118,6 +118,11 @@ class Renderer:
         """What the template makes of a conversation. Raises TemplateError."""
         return self._draw(messages, tools, add_generation_prompt).text
 
+    def shown(self, row: Row) -> str:
+        """The text that a row's tokens are made of. Raises as `encode`."""
+        pieces, _ = self._pieces(row)
+        return "".join(piece.text for piece in pieces)
+
     def encode(self, row: Row, train_on: TrainOn = "completions") -> Encoded:
         """All ids of a row and which of them are learnt; nothing is cut off.
 

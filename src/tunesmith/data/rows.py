@@ -1,23 +1,26 @@
 """Rows of a data file: read one at random without holding the file, or check them all."""
 
+import contextlib
 import hashlib
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from pydantic import Field
 
-from tunesmith.data import formats, scan
-from tunesmith.data.formats import Format, Row, RowFault, Wrong
-from tunesmith.data.scan import Layout, Span
+from tunesmith.data import scan, twins
+from tunesmith.data.formats import Format, Row, RowFault
+from tunesmith.data.reader import SAMPLE, Reader
+from tunesmith.data.reading import Reading
+from tunesmith.data.scan import Span
+from tunesmith.data.scratch import scratch
+from tunesmith.data.twins import Prints, Twins
 from tunesmith.spec.strict import Sha256, Strict
 
-__all__ = ["Fault", "FileReport", "Row", "RowFault", "RowIndex", "check_file"]
+__all__ = ["Fault", "FileReport", "Row", "RowFault", "RowIndex", "check_file", "overlap"]
 
-_SAMPLE = 20
-"""Rows looked at to find the format."""
 _BLOCK = 1 << 20
 
 
@@ -43,6 +46,8 @@ class FileReport(Strict):
     fault_count: int = 0
     ignored_fields: tuple[str, ...] = ()
     """Columns that are there but mean nothing to us."""
+    duplicates: Twins = Twins()
+    """Rows that say what an earlier one says; no fault by themselves."""
 
     @property
     def is_usable(self) -> bool:
@@ -52,29 +57,54 @@ class FileReport(Strict):
 class RowIndex:
     """Random access to the rows of a file; only where they stand is held, 24 bytes a row.
 
-    Survives a fork, and may be read from several threads.
+    Survives a fork, and may be read from several threads. The rows of a compressed file are written
+    out first, as JSON in a file without a name.
     """
 
     _descriptor = -1
 
-    def __init__(self, file: BinaryIO, layout: Layout, format: Format) -> None:
-        self._descriptor, self._layout = os.dup(file.fileno()), layout
-        self.format: Format = format
+    def __init__(self, file: BinaryIO, reader: Reader, near: Path) -> None:
+        self._reader = reader
         self._offsets, self._sizes, self._lines = array("Q"), array("L"), array("Q")
-        for span in scan.spans(file, layout):
-            self._offsets.append(span.offset)
-            self._sizes.append(len(span.body))
-            self._lines.append(span.line)
+        self.format: Format
+        self.format, spans = reader.begin(file)
+        if reader.is_compressed:
+            with scratch(near) as written:
+                self._write_out(spans, written)
+                written.flush()
+                self._descriptor = os.dup(written.fileno())
+            return
+        self._descriptor = os.dup(file.fileno())
+        for span in spans:
+            self._add(span, span.offset)
 
     @classmethod
-    def open(cls, path: Path | str) -> "RowIndex":
+    def open(cls, path: Path | str, reading: Reading = Reading()) -> "RowIndex":
         """Find every row. Raises NotFoundError, BadRequestError, or RowFault (broken structure,
         no row, no known format in the first rows).
         """
         path = Path(path)
         with scan.open_regular(path) as file:
-            layout = scan.layout_of(file, path.suffix.lower())
-            return cls(file, layout, _format_of(file, layout))
+            return cls.of(file, path, path.suffix, reading)
+
+    @classmethod
+    def of(
+        cls, file: BinaryIO, path: Path, suffix: str, reading: Reading = Reading()
+    ) -> "RowIndex":
+        """`open`, of a file that is open already; `suffix` is its name's, whatever its path's."""
+        return cls(file, Reader.of(file, suffix.lower(), reading), path.parent)
+
+    def _write_out(self, spans: Iterable[Span], written: BinaryIO) -> None:
+        offset = 0
+        for span in spans:
+            written.write(span.body)
+            self._add(span, offset)
+            offset += len(span.body)
+
+    def _add(self, span: Span, offset: int) -> None:
+        self._offsets.append(offset)
+        self._sizes.append(len(span.body))
+        self._lines.append(span.line)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -82,7 +112,7 @@ class RowIndex:
     def __getitem__(self, at: int) -> Row:
         """Raises RowFault, and IndexError outside the file."""
         line = self._lines[at]
-        return _row(Span(line, self._offsets[at], self.body(at)), self._layout, self.format)
+        return self._reader.row(Span(line, self._offsets[at], self.body(at)), self.format)
 
     def __iter__(self) -> Iterator[Row]:
         for at in range(len(self)):
@@ -120,6 +150,7 @@ def check_file(
     name: str | None = None,
     max_faults: int = 20,
     on_progress: Callable[[int, int], None] | None = None,
+    reading: Reading = Reading(),
 ) -> FileReport:
     """Read a whole file and check each row, in constant memory.
 
@@ -130,35 +161,55 @@ def check_file(
     path = Path(path)
     with scan.open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        layout = scan.layout_of(file, Path(name or path).suffix.lower())
-        checker = _Checker(layout, max_faults)
-        checker.run(file, size, on_progress)
-        return checker.report(size, _digest(file))
+        with Prints(path.parent) as prints:
+            checker = _Checker(prints, max_faults)
+            checker.run(file, Path(name or path).suffix.lower(), reading, on_progress)
+            return checker.report(size, _digest(file))
+
+
+def overlap(training: RowIndex, validation: RowIndex, near: Path) -> Twins:
+    """Rows of the first that stand in the second as well; faulty ones count as none.
+
+    What does not fit into memory goes to a file without a name in the folder `near`.
+    """
+    with Prints(near) as ours, Prints(near) as theirs:
+        for rows, prints in ((training, ours), (validation, theirs)):
+            for at in range(len(rows)):
+                with contextlib.suppress(RowFault):
+                    prints.add(rows[at])
+        return twins.shared(ours, theirs)
 
 
 class _Checker:
-    def __init__(self, layout: Layout, max_faults: int) -> None:
-        self.layout, self.max_faults = layout, max_faults
-        self.format: Format | None = "text" if layout == "documents" else None
+    def __init__(self, prints: Prints, max_faults: int) -> None:
+        self.prints, self.max_faults = prints, max_faults
+        self.format: Format | None = None
         self.samples, self.fault_count = 0, 0
         self.faults: list[Fault] = []
         self.ignored: set[str] = set()
 
     def run(
-        self, file: BinaryIO, size: int, on_progress: Callable[[int, int], None] | None
+        self,
+        file: BinaryIO,
+        suffix: str,
+        reading: Reading,
+        on_progress: Callable[[int, int], None] | None,
     ) -> None:
-        told = 0
+        size = os.fstat(file.fileno()).st_size
         try:
-            for span in scan.spans(file, self.layout):
+            self.reader = Reader.of(file, suffix, reading)
+            self.format = "text" if self.reader.layout == "documents" else None
+            told = 0
+            for span in self.reader.spans(file):
                 self.take(span)
                 done = span.offset + len(span.body)
-                if on_progress and done - told >= _BLOCK:
+                if on_progress and done - told >= _BLOCK and not self.reader.is_compressed:
                     told = done
                     on_progress(done, size)
         except RowFault as fault:
             self.add(fault)
         if not self.samples and not self.fault_count:
-            self.add(RowFault(0, _EMPTY))
+            self.add(self.reader.nothing)
         if on_progress:
             on_progress(size, size)
 
@@ -166,10 +217,10 @@ class _Checker:
         self.samples += 1
         try:
             if self.format is None:
-                self.format = _detected(span, self.layout)
-            _row(span, self.layout, self.format)
-            if self.samples <= _SAMPLE and self.layout != "documents":
-                self.ignored |= formats.fields(span.body).keys() - formats.known_fields(self.format)
+                self.format = self.reader.detected(span)
+            self.prints.add(self.reader.row(span, self.format))
+            if self.samples <= SAMPLE:
+                self.ignored |= self.reader.ignored(span, self.format)
         except RowFault as fault:
             self.add(fault)
 
@@ -189,52 +240,8 @@ class _Checker:
             faults=tuple(self.faults),
             fault_count=self.fault_count,
             ignored_fields=tuple(sorted(name[:80] for name in self.ignored)[:32]),
+            duplicates=twins.repeats(self.prints),
         )
-
-
-_EMPTY = "there is no row in it; one object a line (.jsonl) or an array of objects (.json)"
-
-
-def _format_of(file: BinaryIO, layout: Layout) -> Format:
-    if layout == "documents":
-        return "text"
-    first: RowFault | None = None
-    for seen, span in enumerate(scan.spans(file, layout)):
-        try:
-            return _detected(span, layout)
-        except RowFault as fault:
-            first = first or fault
-        if seen + 1 >= _SAMPLE:
-            break
-    raise first or RowFault(0, _EMPTY)
-
-
-def _detected(span: Span, layout: Layout) -> Format:
-    try:
-        return formats.detect(formats.fields(span.body))
-    except Wrong as wrong:
-        raise _fault(span, layout, wrong) from None
-
-
-def _row(span: Span, layout: Layout, format: Format) -> Row:
-    try:
-        if layout == "documents":
-            return formats.document(_text(span.body), span.line)
-        return formats.parse(span.body, format, span.line)
-    except Wrong as wrong:
-        raise _fault(span, layout, wrong) from None
-
-
-def _text(body: bytes) -> str:
-    try:
-        return body.decode().replace("\r\n", "\n").strip("\n")
-    except UnicodeDecodeError as error:
-        raise Wrong(f"not valid UTF-8 at byte {error.start}; save the file as UTF-8") from None
-
-
-def _fault(span: Span, layout: Layout, wrong: Wrong) -> RowFault:
-    unit = "row" if layout == "array" else "line"
-    return RowFault(span.line, wrong.reason, loc=wrong.loc, unit=unit)
 
 
 def _digest(file: BinaryIO) -> str:

@@ -1,7 +1,8 @@
 """Where each row of a file stands, found in one pass that holds a piece of the file at a time.
 
-Three layouts: a JSON object a line, one JSON array of objects, plain text with blank lines
-between documents. Only the structure is looked at; what is in a row is for `formats`.
+Layouts: a JSON object a line, one JSON array of objects, plain text with blank lines between
+documents; and the tables that `tables` and `parquet` read. Only the structure is looked at; what
+is in a row is for `formats`.
 """
 
 import os
@@ -15,11 +16,17 @@ from typing import BinaryIO, Literal
 from tunesmith.data.formats import RowFault
 from tunesmith.errors import BadRequestError, NotFoundError
 
-Layout = Literal["lines", "array", "documents"]
+Layout = Literal["lines", "array", "documents", "csv", "parquet"]
 MAX_ROW = 64 << 20
 """Bytes of one row."""
 BOM = b"\xef\xbb\xbf"
 _CHUNK = 1 << 20
+_BY_SUFFIX: dict[str, Layout] = {
+    ".txt": "documents",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
 _BLANK = b" \t\r\n"
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{}]', re.DOTALL)
 _SCALAR = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[^\s,\[\]{}"]+', re.DOTALL)
@@ -62,8 +69,10 @@ def layout_of(file: BinaryIO, suffix: str) -> Layout:
     while not head and (chunk := file.read(4096)):
         head = chunk.removeprefix(BOM).lstrip(_BLANK)
     file.seek(0)
-    if suffix == ".txt":
-        return "documents"
+    if suffix in _BY_SUFFIX:
+        return _BY_SUFFIX[suffix]
+    if head[:4] == b"PAR1":
+        return "parquet"
     if head[:1] == b"[":
         return "array"
     if head[:1] == b"{" or suffix in {".json", ".jsonl"} or not head:

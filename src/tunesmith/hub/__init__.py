@@ -13,6 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.engine import Connection, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
+from tunesmith.data.reading import Reading
 from tunesmith.data.render import Renderer
 from tunesmith.errors import NoSpaceError, NotFoundError, TuningAPIError
 from tunesmith.hub import data, mlflow, names, submit
@@ -33,6 +34,7 @@ from tunesmith.hub.leases import Leases
 from tunesmith.hub.logs import Logs
 from tunesmith.hub.mirror import MlflowMirror
 from tunesmith.hub.outbox import Outbox
+from tunesmith.hub.preview import Previews
 from tunesmith.hub.principal import Principal
 from tunesmith.hub.retention import Retention
 from tunesmith.hub.webhooks import Webhooks
@@ -67,7 +69,7 @@ class Hub:
         self.keys = Keys(store, settings)
         self.logs = Logs()
         self.space = space or _space(settings)
-        self.pinned: dict[tuple[str, data.Stamp], data.Pinned] = {}
+        self.pinned: dict[tuple[str, data.Stamp, Reading], data.Pinned] = {}
         self.known = Known(self)
         self.intake = Intake(self)
         self._landing: Landing | None = None
@@ -80,6 +82,7 @@ class Hub:
         self.digests = Digests(store)
         self.depot = Depot(self)
         self.webhooks = Webhooks(self)
+        self.previews = Previews(self)
         self.checks: Checks
         self.watcher: Watch
 
@@ -272,11 +275,13 @@ class Hub:
 
     def renderer(self, folder: ModelFolder, format: str) -> Renderer:
         """The model's own renderer, or with a template of ours where it has none."""
-        place = folder.path if (folder.path / "tokenizer.json").is_file() else folder.base
+        place = folder.tokenizer_place
         return _renderer(place, stamp_of(place)).with_fallback(format)
 
-    def keep_upload(self, filename: str, incoming: Incoming, who: Principal) -> data.Upload:
-        return data.keep_upload(self, filename, incoming, who)
+    def keep_upload(
+        self, filename: str, incoming: Incoming, who: Principal, reading: Reading = Reading()
+    ) -> data.Upload:
+        return data.keep_upload(self, filename, incoming, who, reading)
 
     # the operator's
 

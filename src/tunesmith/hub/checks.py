@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.check import Verdict, check_tokens
+from tunesmith.data.reading import Reading
 from tunesmith.data.render import TrainOn
 from tunesmith.data.rows import RowIndex
 from tunesmith.errors import FailureClass, TuningAPIError
@@ -103,10 +104,10 @@ def _verdicts(hub: "Hub", job: Job) -> list[Verdict]:
     if not isinstance(job.spec, Tuning):
         return []
     sources = [job.dataset] if job.eval_dataset is None else [job.dataset, job.eval_dataset]
-    folder = read(Path(job.model.path))
+    folder, reading = read(Path(job.model.path)), Reading.of(job.spec)
     found = []
     for source in sources:
-        index = RowIndex.open(Path(source.path))
+        index = RowIndex.open(Path(source.path), reading)
         renderer = hub.renderer(folder, index.format)
         place = key(source.sha256 or "", renderer.digest, job.spec, folder)
         verdict = _kept(hub, place) or check_tokens(
@@ -131,7 +132,8 @@ def _kept(hub: "Hub", key: str) -> Verdict | None:
 def key(sha256: str, digest: str, spec: Tuning, folder: ModelFolder) -> str:
     """The name of a check: of a data set's content, a renderer, and what was asked for."""
     length = max_length(spec, folder)
-    return f"tokens:{sha256}:{digest}:{length}:{spec.overlong}:{_train_on(spec)}"
+    kind = f"{length}:{spec.overlong}:{_train_on(spec)}"
+    return f"tokens:{sha256}:{digest}:{kind}{Reading.by(spec.columns).key}"
 
 
 def _train_on(spec: Tuning) -> TrainOn:

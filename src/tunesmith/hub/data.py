@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from sqlalchemy.engine import Connection
 
+from tunesmith.data.reading import Reading
 from tunesmith.data.rows import FileReport, check_file
 from tunesmith.data.scan import open_regular
 from tunesmith.errors import BadRequestError, ValidationError
@@ -21,7 +22,7 @@ from tunesmith.store.files import Blob, Incoming, safe_name
 if TYPE_CHECKING:
     from tunesmith.hub import Hub
 
-SUFFIXES = (".json", ".jsonl", ".txt")
+SUFFIXES = (".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet")
 CLAIM_SECONDS = 600.0
 """Bytes that were named so lately are not swept away by another process, whatever names them."""
 _BLOCK = 1 << 20
@@ -47,27 +48,27 @@ class Upload:
     format: str
 
 
-def pin(hub: "Hub", found: FoundData, field: str) -> Pinned:
+def pin(hub: "Hub", found: FoundData, field: str, reading: Reading = Reading()) -> Pinned:
     """Copy into the content-addressed store, check the structure, keep the verdict.
 
     Raises ValidationError (422) with the lines that are wrong, BadRequestError for a file of
     another kind.
     """
-    suffix = _suffix(found.suffix, found.name, field)
+    suffix = usual_suffix(found.suffix, found.name, field)
     stamp = _stamp(found.path)
-    known = hub.pinned.get((str(found.path), stamp))
+    known = hub.pinned.get((str(found.path), stamp, reading))
     if known is not None and claim(hub, known):
         return known
     sha256 = found.sha256 or _take_in(hub, found.path).sha256
     path = named(hub, sha256, suffix)
-    report = _structure(hub, path, sha256)
+    report = _structure(hub, path, sha256, reading)
     _refuse_faults(report, found.name, field)
     source = Source(name=found.name, path=str(path), sha256=sha256)
     assert report.format
     pinned = Pinned(source, report.format, report.num_samples, report.size)
     if len(hub.pinned) > 1000:
         hub.pinned.clear()
-    hub.pinned[(str(found.path), stamp)] = pinned
+    hub.pinned[(str(found.path), stamp, reading)] = pinned
     claim(hub, pinned)
     return pinned
 
@@ -84,13 +85,19 @@ def claim(hub: "Hub", pinned: Pinned) -> bool:
     return True
 
 
-def keep_upload(hub: "Hub", filename: str, incoming: Incoming, who: Principal) -> Upload:
+def keep_upload(
+    hub: "Hub",
+    filename: str,
+    incoming: Incoming,
+    who: Principal,
+    reading: Reading = Reading(),
+) -> Upload:
     """Check what has come in, and keep it under a free name. Call it in `incoming`'s context:
     a file with faults leaves nothing behind."""
     safe = _file_name(filename)
-    _suffix(Path(safe).suffix, safe, "file")
+    usual_suffix(Path(safe).suffix, safe, "file")
     incoming.flush()
-    report = check_file(incoming.part, name=safe)
+    report = check_file(incoming.part, name=safe, reading=reading)
     _refuse_faults(report, safe, "file")
     blob = incoming.commit()
 
@@ -107,43 +114,44 @@ def keep_upload(hub: "Hub", filename: str, incoming: Incoming, who: Principal) -
         )
 
     kept = hub.store.write(work).result()
-    _keep_report(hub, report, Path(safe).suffix.lower())
+    _keep_report(hub, report, Path(safe).suffix.lower(), reading)
     return Upload(kept.name, blob.size_bytes, report.num_samples, report.format or "")
 
 
 def _take_in(hub: "Hub", path: Path) -> Blob:
     """The file's bytes as they are now, under their digest."""
     with open_regular(path) as file, hub.blobs.receive(hub.settings.max_upload_bytes) as incoming:
-        _refuse_elsewhere(path, file)
+        refuse_elsewhere(path, file)
         while block := file.read(_BLOCK):
             incoming.write(block)
         return incoming.commit()
 
 
-def _refuse_elsewhere(path: Path, file: BinaryIO) -> None:
+def refuse_elsewhere(path: Path, file: BinaryIO) -> None:
     """A folder on the way was made a link since the path was looked at: what is open counts."""
     if os.readlink(f"/proc/self/fd/{file.fileno()}") != str(path):
         raise BadRequestError(f"{path.name} was moved while it was opened; ask again")
 
 
-def _structure(hub: "Hub", path: Path, sha256: str) -> FileReport:
-    """The file's check, done once per content and kind."""
-    kept = hub.store.read(lambda tx: catalog.find_verdict(tx, _key(sha256, path.suffix)))
+def _structure(hub: "Hub", path: Path, sha256: str, reading: Reading) -> FileReport:
+    """The file's check, done once per content, kind and way of reading."""
+    key = _key(sha256, path.suffix, reading)
+    kept = hub.store.read(lambda tx: catalog.find_verdict(tx, key))
     if kept is not None:
         return FileReport.model_validate(kept)
-    report = check_file(path)
-    _keep_report(hub, report, path.suffix)
+    report = check_file(path, reading=reading)
+    _keep_report(hub, report, path.suffix, reading)
     return report
 
 
-def _keep_report(hub: "Hub", report: FileReport, suffix: str) -> None:
+def _keep_report(hub: "Hub", report: FileReport, suffix: str, reading: Reading) -> None:
     body = report.model_dump(mode="json")
-    key = _key(report.sha256, suffix)
+    key = _key(report.sha256, suffix, reading)
     hub.store.write(lambda tx: catalog.keep_verdict(tx, key, body)).result()
 
 
-def _key(sha256: str, suffix: str) -> str:
-    return f"structure:{sha256}:{suffix}"
+def _key(sha256: str, suffix: str, reading: Reading) -> str:
+    return f"rows:{sha256}:{suffix}{reading.key}"
 
 
 def named(hub: "Hub", sha256: str, suffix: str) -> Path:
@@ -175,7 +183,8 @@ def _refuse_faults(report: FileReport, name: str, field: str) -> None:
     raise ValidationError(message, param=field, details=details)
 
 
-def _suffix(suffix: str, name: str, field: str) -> str:
+def usual_suffix(suffix: str, name: str, field: str) -> str:
+    """Raises BadRequestError for what is no kind of data set."""
     if suffix.lower() not in SUFFIXES:
         raise BadRequestError(
             f"{field}: {name!r} ends in none of {', '.join(SUFFIXES)}", param=field

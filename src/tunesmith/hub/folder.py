@@ -56,6 +56,11 @@ class ModelFolder:
     def context_length(self) -> int | None:
         return self.size(*_CONTEXT_KEYS) or None
 
+    @property
+    def tokenizer_place(self) -> Path:
+        """An adapter may come without one: then its base's holds."""
+        return self.path if (self.path / "tokenizer.json").is_file() else self.base
+
     def size(self, *names: str) -> int:
         """The first of these configuration numbers that is there; 0 else."""
         return next((self._sizes[name] for name in names if name in self._sizes), 0)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tunesmith.data.check import Verdict
+from tunesmith.data.reading import Reading
 from tunesmith.hub import checks, data
 from tunesmith.hub.data import Pinned
 from tunesmith.hub.folder import read
@@ -40,7 +41,7 @@ class Look(Protocol):
 
     def base(self, name: str, who: Principal, field: str) -> FoundModel: ...
 
-    def pinned(self, name: str, who: Principal, field: str) -> Pinned: ...
+    def pinned(self, name: str, who: Principal, field: str, reading: Reading) -> Pinned: ...
 
     def verdict(self, spec: TrainSpec, model: FoundModel, part: Pinned) -> Verdict | None: ...
 
@@ -88,8 +89,8 @@ class Known:
         found: FoundModel = self._entry(self._models, name).found
         return found
 
-    def pinned(self, name: str, who: Principal, field: str) -> Pinned:
-        found: Pinned = self._entry(self._data, name).found
+    def pinned(self, name: str, who: Principal, field: str, reading: Reading) -> Pinned:
+        found: Pinned = self._entry(self._data, name + reading.key).found
         return found
 
     def verdict(self, spec: TrainSpec, model: FoundModel, part: Pinned) -> Verdict | None:
@@ -195,14 +196,14 @@ class Lookup:
         self._hub.known.keep_model(found)
         return found
 
-    def pinned(self, name: str, who: Principal, field: str) -> Pinned:
+    def pinned(self, name: str, who: Principal, field: str, reading: Reading) -> Pinned:
         try:
             trace = Trace.of(self._hub.workspace / name)
         except (OSError, ValueError):
             trace = None
         source = find_data(self._hub.store, self._hub.settings, name, who, field)
-        found = data.pin(self._hub, source, field)
-        self._hub.known.keep_data(name, trace, found, source.path)
+        found = data.pin(self._hub, source, field, reading)
+        self._hub.known.keep_data(name + reading.key, trace, found, source.path)
         return found
 
     def verdict(self, spec: TrainSpec, model: FoundModel, part: Pinned) -> Verdict | None:

@@ -22,7 +22,7 @@ from tunesmith.store.files import confine
 from tunesmith.store.listing import Line
 
 MAX_GENERATIONS = 16
-DATA_SUFFIXES = (".jsonl", ".json", ".txt")
+DATA_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from sqlalchemy.engine import Connection
 
+from tunesmith.data.reading import Reading
 from tunesmith.data.suited import refuse_unsuited
 from tunesmith.errors import (
     BadRequestError,
@@ -73,11 +74,12 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
     spec, free_bytes = asked.spec, look.free_bytes()
     model = look.base(spec.model, who, asked.name("model"))
     _refuse_model(model, asked)
-    training = look.pinned(spec.dataset, who, asked.name("dataset"))
+    reading = Reading.of(spec)
+    training = look.pinned(spec.dataset, who, asked.name("dataset"), reading)
     _refuse_unsuited(training, asked, "dataset")
     evaluation = None
     if spec.eval_dataset is not None:
-        evaluation = look.pinned(spec.eval_dataset, who, asked.name("eval_dataset"))
+        evaluation = look.pinned(spec.eval_dataset, who, asked.name("eval_dataset"), reading)
         _refuse_unsuited(evaluation, asked, "eval_dataset")
     output_dir = None if asked.output_dir is None else output.find(hub, asked, model.folder)
     _refuse_full_disk(spec, model, free_bytes)

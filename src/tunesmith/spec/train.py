@@ -24,6 +24,12 @@ PairLoss = Literal[
 Target = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[\w.\-]+$")]
 
 
+FieldName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^\w+$")]
+Column = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Columns = Annotated[dict[FieldName, Column], Field(max_length=32)]
+"""Field of a format → column of the file."""
+
+
 class Lora(Strict):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
 
@@ -80,7 +86,14 @@ class Run(Strict):
     """Where a validation set is given: also at the end of each epoch."""
 
 
-class Tuning(Strict):
+class Data(Strict):
+    """How the rows of the data set, and of the one for validation, are read."""
+
+    columns: Columns = {}
+    """Mapped by hand, {"instruction": "question"}; then other columns are ignored."""
+
+
+class Tuning(Data):
     """What all methods that tune a model on the rows of a file have in common."""
 
     sequences_a_sample: ClassVar[int] = 1
@@ -229,7 +242,7 @@ class Reward(Tuning):
     optim: RewardOptim = RewardOptim()
 
 
-class Pretrain(Strict):
+class Pretrain(Data):
     """Next-token training on plain text, packed to rows of `sequence_length` tokens."""
 
     method: Literal["pretrain"] = "pretrain"
@@ -237,6 +250,8 @@ class Pretrain(Strict):
     """A folder with config.json and a tokenizer; weights where `from_scratch` is false."""
     dataset: Name
     eval_dataset: Name | None = None
+    clean: bool = False
+    """Remove control characters; else a document that holds one is refused."""
     from_scratch: bool = True
     sequence_length: int = Field(256, ge=8, le=MAX_LENGTH_LIMIT)
     optim: Optim = Optim(learning_rate=1e-3, epochs=1, batch_size=8)

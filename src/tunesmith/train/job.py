@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.data.reading import Reading
 from tunesmith.data.render import NOTICES, Renderer
 from tunesmith.data.rows import RowFault, RowIndex
 from tunesmith.data.suited import refuse_unsuited
@@ -17,7 +18,7 @@ from tunesmith.errors import FailureClass, JobFailure, ValidationError
 from tunesmith.nn.language import Model, open_scorer, open_with
 from tunesmith.nn.opening import Opening
 from tunesmith.spec.pipe import Finished, Notice, Plan, Started, Stopped, TrainerTask
-from tunesmith.spec.train import Lora, Pretrain, Reward, Sft
+from tunesmith.spec.train import AnySpec, Lora, Pretrain, Reward, Sft
 from tunesmith.train import artifact, checkpoint, plan, randomness, space
 from tunesmith.train.batches import Feed, Interrupted
 from tunesmith.train.checkpoint import Saved, Shelf
@@ -119,16 +120,16 @@ class Job:
         return plan.choose(self._task, self._group.size)
 
     def _open(self, files: ExitStack) -> Opened:
-        rows = files.enter_context(open_rows(self._task.inputs.dataset, self._spec.method))
+        rows = files.enter_context(open_rows(self._task.inputs.dataset, self._spec))
         model = self._open_model()
-        evaluation = self._task.inputs.eval_dataset
+        held_out, evaluation = None, self._task.inputs.eval_dataset
+        if evaluation is not None:
+            held_out = files.enter_context(open_rows(evaluation, self._spec))
         return Opened(
             model=model,
             renderer=self._renderer(rows),
             rows=rows,
-            eval_rows=None
-            if evaluation is None
-            else files.enter_context(open_rows(evaluation, self._spec.method)),
+            eval_rows=held_out,
             max_length=self._max_length(model),
             named=self._task.inputs.named,
         )
@@ -322,16 +323,16 @@ class Job:
         self._report.send(Notice(level="warning", code=code, message=message, detail=detail or {}))
 
 
-def open_rows(path: str, method: str) -> RowIndex:
+def open_rows(path: str, spec: AnySpec) -> RowIndex:
     """Raises JobFailure(data_error) that names the line, or the format that the method reads."""
     try:
-        rows = RowIndex.open(Path(path))
+        rows = RowIndex.open(Path(path), Reading.of(spec))
     except RowFault as fault:
         raise JobFailure(FailureClass.DATA_ERROR, fault.message) from fault
     if not len(rows):
         raise JobFailure(FailureClass.DATA_ERROR, f"{Path(path).name} holds no row")
     try:
-        refuse_unsuited(method, rows.format, Path(path).name)
+        refuse_unsuited(spec.method, rows.format, Path(path).name)
     except ValidationError as error:
         raise JobFailure(FailureClass.DATA_ERROR, error.message) from error
     return rows

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tunesmith.data.fit import Cut
 from tunesmith.data.render import Encoded, Renderer
 from tunesmith.data.rows import Row
 from tunesmith.nn.forks import Fork, flatten_forks
@@ -19,7 +20,7 @@ from tunesmith.spec.train import Kto
 from tunesmith.train.objective import Ground, Measured, Objective, totals
 from tunesmith.train.pairs import cut_short
 from tunesmith.train.reference import Reference
-from tunesmith.train.source import Cut, Notes, RowSource, encode
+from tunesmith.train.source import Notes, RowSource, encode, fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,8 @@ class JudgedReader:
         is_first = place % self.samples_a_row == 0
         told = row if is_first else row.rejected
         assert told is not None, "a file of pairs"
-        encoded = encode(self.renderer, told, "completions", notes)
-        if encoded is None or not self.cut.fits(len(encoded.ids), row.line, notes):
+        encoded = encode(self.renderer, told, notes)
+        if encoded is None or not fits(self.cut, len(encoded.ids), row.line, notes):
             return None
         encoded = cut_short(encoded, self.cut)
         labels = sum(encoded.mask[1:])

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tunesmith.data.fit import Cut
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import RowIndex
 from tunesmith.spec.pipe import Plan, TrainerTask
@@ -20,7 +21,7 @@ from tunesmith.train.pretrain import BlockSource
 from tunesmith.train.reference import Reference, key_of, walk
 from tunesmith.train.reward import RewardLoss
 from tunesmith.train.sft import LabelLoss, SampleReader
-from tunesmith.train.source import Cut, RowSource
+from tunesmith.train.source import RowSource
 
 
 @dataclass(frozen=True)

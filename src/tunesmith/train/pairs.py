@@ -8,12 +8,13 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from tunesmith.data.fit import Cut
 from tunesmith.data.render import Encoded, Renderer
 from tunesmith.data.rows import Row
 from tunesmith.nn.forks import Fork, ForkBatch, flatten_forks
 from tunesmith.nn.language import LanguageModel
 from tunesmith.train.objective import Ground
-from tunesmith.train.source import Cut, Notes, encode
+from tunesmith.train.source import Notes, encode, fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +46,12 @@ class PairReader:
 
     def read(self, row: Row, place: int, notes: Notes) -> Pair | None:
         assert row.rejected is not None, "a file of pairs"
-        found = [encode(self.renderer, one, "completions", notes) for one in (row, row.rejected)]
+        found = [encode(self.renderer, one, notes) for one in (row, row.rejected)]
         answers = [one for one in found if one is not None]
         if len(answers) < len(found):
             return None
         longest = max(len(one.ids) for one in answers)
-        if not self.cut.fits(longest, row.line, notes):
+        if not fits(self.cut, longest, row.line, notes):
             return None
         return self._pair(row, place, [cut_short(one, self.cut) for one in answers], notes)
 

@@ -5,13 +5,14 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from tunesmith.data.fit import Cut
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Row
 from tunesmith.nn.batch import flatten
 from tunesmith.nn.language import LanguageModel
 from tunesmith.train.batches import Sample
 from tunesmith.train.objective import Ground, Measured, Objective, totals
-from tunesmith.train.source import Cut, Notes, encode
+from tunesmith.train.source import Notes, fitting
 
 MOST_NATS = 700.0
 """The exponential of more is no finite number."""
@@ -26,15 +27,8 @@ class SampleReader:
     samples_a_row: int = 1
 
     def read(self, row: Row, place: int, notes: Notes) -> Sample | None:
-        encoded = encode(self.renderer, row, self.cut.train_on, notes)
-        if encoded is None or not self.cut.fits(len(encoded.ids), row.line, notes):
-            return None
-        limit = self.cut.max_length
-        sample = Sample.of(array("i", encoded.ids[:limit]), encoded.mask[:limit])
-        if sample.labels:
-            return sample
-        notes.reasons.append("masked")
-        return None
+        fitted = fitting(self.renderer, row, self.cut, notes)
+        return None if fitted is None else Sample.of(array("i", fitted.ids), fitted.mask)
 
 
 @dataclass(frozen=True)

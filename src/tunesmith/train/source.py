@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, Protocol
+from typing import Any, Generic, Protocol
 
-from tunesmith.data.render import Encoded, Notice, Renderer, TemplateError, TrainOn
+from tunesmith.data.fit import Cut, Fitted, fit
+from tunesmith.data.render import Encoded, Notice, Renderer, TemplateError
 from tunesmith.data.rows import Row, RowFault, RowIndex
 from tunesmith.errors import FailureClass, JobFailure, ValidationError
 from tunesmith.train.batches import Interrupted, S, S_co, Shuffle
@@ -119,40 +120,58 @@ class RowSource(Generic[S]):
         return sample
 
 
-@dataclass(frozen=True)
-class Cut:
-    """What becomes of long rows, and what counts as a label."""
-
-    max_length: int
-    overlong: Literal["drop", "truncate", "refuse"]
-    train_on: TrainOn = "completions"
-
-    def fits(self, length: int, line: int, notes: Notes) -> bool:
-        """Whether a row of so many tokens is kept, cut or not. Raises JobFailure(data_error)."""
-        if length <= self.max_length:
-            return True
-        if self.overlong == "refuse":
-            raise JobFailure(
-                FailureClass.DATA_ERROR,
-                f"line {line}: {length:,} tokens, over max_length {self.max_length:,}",
-                "shorten the row, raise max_length, or ask for overlong: drop or truncate",
-            )
-        notes.reasons.append("overlong" if self.overlong == "drop" else "truncated")
-        return self.overlong == "truncate"
-
-
-def encode(renderer: Renderer, row: Row, train_on: TrainOn, notes: Notes) -> Encoded | None:
-    """None where nothing of the row can be learnt. Raises JobFailure(data_error)."""
+def fitting(renderer: Renderer, row: Row, cut: Cut, notes: Notes) -> Fitted | None:
+    """The row as it is trained on; None where it is left out. Raises JobFailure(data_error)."""
     try:
-        encoded = renderer.encode(row, train_on)
+        found = fit(renderer, row, cut)
     except TemplateError as error:
-        raise JobFailure(FailureClass.DATA_ERROR, f"line {row.line}: {error.message}") from error
+        raise _unfit(row, error.message) from error
+    if found.left_out == "refused":
+        raise _too_long(found.length, row.line, cut)
+    if found.notice is not None:
+        notes.notices.add(found.notice)
+    notes.reasons += ["truncated"] if found.is_truncated else []
+    notes.reasons += [found.left_out] if found.left_out is not None else []
+    return found if found.left_out is None else None
+
+
+def encode(renderer: Renderer, row: Row, notes: Notes) -> Encoded | None:
+    """An answer of several, uncut, its tokens the labels; None where nothing of it can be learnt.
+
+    Raises JobFailure(data_error).
+    """
+    try:
+        encoded = renderer.encode(row, "completions")
+    except TemplateError as error:
+        raise _unfit(row, error.message) from error
     except ValidationError:
         notes.reasons.append("masked")
         return None
     if encoded.notice is not None:
         notes.notices.add(encoded.notice)
     return encoded
+
+
+def fits(cut: Cut, length: int, line: int, notes: Notes) -> bool:
+    """Whether a row of so many tokens is kept, cut or not. Raises JobFailure(data_error)."""
+    if length <= cut.max_length:
+        return True
+    if cut.overlong == "refuse":
+        raise _too_long(length, line, cut)
+    notes.reasons.append("overlong" if cut.overlong == "drop" else "truncated")
+    return cut.overlong == "truncate"
+
+
+def _unfit(row: Row, reason: str) -> JobFailure:
+    return JobFailure(FailureClass.DATA_ERROR, f"line {row.line}: {reason}")
+
+
+def _too_long(length: int, line: int, cut: Cut) -> JobFailure:
+    return JobFailure(
+        FailureClass.DATA_ERROR,
+        f"line {line}: {length:,} tokens, over max_length {cut.max_length:,}",
+        "shorten the row, raise max_length, or ask for overlong: drop or truncate",
+    )
 
 
 def read_row(rows: RowIndex, index: int) -> Row:

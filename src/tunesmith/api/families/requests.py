@@ -8,6 +8,7 @@ from tunesmith.errors import BadRequestError
 from tunesmith.spec.strict import Name
 from tunesmith.spec.train import (
     MAX_LENGTH_LIMIT,
+    Columns,
     Lora,
     Optim,
     PairLoss,
@@ -39,7 +40,8 @@ class TuningRequest(BaseModel):
         examples=["gpt2"],
     )
     dataset_path: Name = Field(
-        description="a .json array or a .jsonl file, in the workspace or uploaded",
+        description="a .json array, a .jsonl, .csv, .tsv or .parquet file, in the workspace or "
+        "uploaded",
         examples=["data/my_dataset.json"],
     )
     output_dir: Name | None = Field(
@@ -85,6 +87,12 @@ class TuningRequest(BaseModel):
         1, ge=1, le=1024, description="GPUs that share each step (on a CPU: processes)"
     )
     eval_dataset_path: Name | None = Field(None, description="held-out data, same formats")
+    columns: Columns = Field(
+        {},
+        description="field of a format → column of the files, mapped by hand; other columns are "
+        "then ignored",
+        examples=[{"instruction": "question", "output": "answer"}],
+    )
     logging_steps: int = Field(1, ge=1, le=1_000_000, description="steps between reported losses")
     save_steps: int | None = Field(
         None, ge=1, le=100_000_000, description="steps between checkpoints; also every minute"
@@ -112,6 +120,7 @@ class TuningRequest(BaseModel):
             "model": self.model_name,
             "dataset": self.dataset_path,
             "eval_dataset": self.eval_dataset_path,
+            "columns": self.columns,
             "max_length": self.max_length,
             "overlong": self.overlong,
             "lora": lora if self.use_lora else None,
