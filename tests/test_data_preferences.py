@@ -6,6 +6,7 @@ import pytest
 
 from data_fixtures import FAMILIES, PLAIN
 from tunesmith.data.check import check_tokens
+from tunesmith.data.reading import Reading
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import RowFault, RowIndex, check_file
 from tunesmith.data.suited import READ, refuse_unsuited
@@ -164,3 +165,13 @@ def test_a_file_in_which_nothing_can_be_learnt_is_refused(rows, tmp_path):
     found = rows({"prompt": "word " * 90, "chosen": "a", "rejected": "b"})
     verdict = check_tokens(found, plain, 16, "truncate")
     assert "no row has anything to learn within 16 tokens (line 1)" in verdict.failure
+
+
+def test_pairs_that_say_the_same_are_counted_and_a_mapping_by_hand_finds_their_columns(tmp_path):
+    rows = [{"q": "가", "good": good, "bad": "나쁨"} for good in ("좋음", "더 좋음", "좋음")]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    report = check_file(path, reading=Reading.by(columns))
+    assert (report.format, report.num_samples, report.fault_count) == ("preference", 3, 0)
+    assert [(twin.line, twin.first) for twin in report.duplicates.first] == [(3, 1)]

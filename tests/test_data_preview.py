@@ -14,8 +14,10 @@ from tunesmith.data.spelled import Speller
 from tunesmith.errors import ValidationError
 from tunesmith.hub.folder import ModelFolder
 from tunesmith.hub.preview import File, Wanted, look
+from tunesmith.train.pairs import PairReader
 from tunesmith.train.pretrain import BlockSource
-from tunesmith.train.sft import RowSource
+from tunesmith.train.sft import SampleReader
+from tunesmith.train.source import RowSource
 
 ALL = (*FAMILIES, PLAIN)
 WORDS = "안녕하세요 힣 세계 你好世界 鱻 😀👩\u200d👧 fox"
@@ -46,7 +48,7 @@ def write(folder, rows, name="rows.jsonl"):
 
 def trained(rows, renderer, cut):
     """By line, what the trainer's source yields."""
-    source = RowSource(rows, renderer, cut, None)
+    source = RowSource(rows, SampleReader(renderer, cut), None)
     found = {}
     for at in range(len(rows)):
         sample = source._read(at)
@@ -96,6 +98,32 @@ def test_every_format_is_shown_as_it_is_trained_on(renderers, tmp_path, row, nam
         shown = preview_row(renderer, rows[0], cut, 4096)
         assert trained(rows, renderer, cut) == {1: (list(shown.ids), list(shown.weights))}
         assert (shown.template is None) == (not rows[0].messages)
+
+
+@pytest.mark.parametrize("max_length", [1024, 24])
+@pytest.mark.parametrize("answer", ["chosen", "rejected"])
+def test_an_answer_of_a_pair_is_shown_as_it_is_compared(renderers, tmp_path, max_length, answer):
+    pairs = [
+        {"prompt": WORDS[:12], "chosen": WORDS, "rejected": "끝 完 fox"},
+        {
+            "prompt": [{"role": "user", "content": WORDS[:9]}],
+            "chosen": [{"role": "assistant", "content": "강물 河"}],
+            "rejected": [{"role": "assistant", "content": WORDS}],
+        },
+    ]
+    renderer = renderers["chatml"]
+    for pair in pairs:
+        path = write(tmp_path, [pair])
+        cut = Cut(max_length, "truncate")
+        with RowIndex.open(path) as rows:
+            sample = RowSource(rows, PairReader(renderer, cut), None)._read(0)
+        with path.open("rb") as file:
+            at, folder = File(file, path, ".jsonl"), model_folder(renderer)
+            shown = look(at, folder, Wanted(cut, Reading(), answer=answer), lambda *_: renderer)
+        ids, mask = sample.fork.answers[["chosen", "rejected"].index(answer)]
+        assert list(shown.preview.ids) == [*sample.fork.prompt, *ids]
+        prompt = [0] * len(sample.fork.prompt)
+        assert list(shown.preview.weights) == [*prompt, *map(int, mask)]
 
 
 @pytest.mark.parametrize("name", [family.name for family in ALL])
