@@ -13,7 +13,8 @@ from tunesmith.data.fit import Cut
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import RowIndex
 from tunesmith.store import jobs
-from tunesmith.train.sft import RowSource
+from tunesmith.train.sft import SampleReader
+from tunesmith.train.source import RowSource
 
 BY_HAND = {"instruction": "question", "output": "answer"}
 TABLE = "question,answer\n" + "".join(f"묻다 {at},답 {at}\n" for at in range(6))
@@ -41,7 +42,7 @@ def test_a_row_is_shown_as_the_trainer_reads_it(door: TestClient) -> None:
     place = hub_of(door).workspace
     renderer = Renderer.load(place / "models" / "tiny")
     with RowIndex.open(place / "data" / "chat.jsonl") as rows:
-        source = RowSource(rows, renderer, Cut(1024, "drop", "completions"), None)
+        source = RowSource(rows, SampleReader(renderer, Cut(1024, "drop", "completions")), None)
         source.open(0)
         for number in range(1, len(rows) + 1):
             sample = source.pull()
