@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tunesmith.data import twins
 from tunesmith.data.reading import Reading
-from tunesmith.data.rows import Row, RowFault, RowIndex, check_file, overlap
+from tunesmith.data.rows import Row, RowFault, RowIndex, check_file
 from tunesmith.data.twins import Prints
 from tunesmith.errors import BadRequestError, NotFoundError
 
@@ -472,11 +472,3 @@ def test_twins_are_found_where_they_overflow_to_a_file(tmp_path):
         (count - 2 + at, 1 + at) for at in range(3)
     ]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_rows_of_one_file_are_found_in_another_of_another_format(tmp_path):
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    one = RowIndex.open(write(tmp_path, lines({"messages": chat}, CHAT), "a.jsonl"))
-    two = RowIndex.open(write(tmp_path, "instruction,output\nx,y\na,b\n", "b.csv"))
-    found = overlap(one, two, tmp_path)
-    assert (found.count, found.first[0].line, found.first[0].first) == (1, 1, 3)

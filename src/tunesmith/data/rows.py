@@ -1,6 +1,5 @@
 """Rows of a data file: read one at random without holding the file, or check them all."""
 
-import contextlib
 import hashlib
 import os
 from array import array
@@ -19,7 +18,7 @@ from tunesmith.data.scratch import scratch
 from tunesmith.data.twins import Prints, Twins
 from tunesmith.spec.strict import Sha256, Strict
 
-__all__ = ["Fault", "FileReport", "Row", "RowFault", "RowIndex", "check_file", "overlap"]
+__all__ = ["Fault", "FileReport", "Row", "RowFault", "RowIndex", "check_file"]
 
 _BLOCK = 1 << 20
 
@@ -165,19 +164,6 @@ def check_file(
             checker = _Checker(prints, max_faults)
             checker.run(file, Path(name or path).suffix.lower(), reading, on_progress)
             return checker.report(size, _digest(file))
-
-
-def overlap(training: RowIndex, validation: RowIndex, near: Path) -> Twins:
-    """Rows of the first that stand in the second as well; faulty ones count as none.
-
-    What does not fit into memory goes to a file without a name in the folder `near`.
-    """
-    with Prints(near) as ours, Prints(near) as theirs:
-        for rows, prints in ((training, ours), (validation, theirs)):
-            for at in range(len(rows)):
-                with contextlib.suppress(RowFault):
-                    prints.add(rows[at])
-        return twins.shared(ours, theirs)
 
 
 class _Checker:

@@ -33,7 +33,7 @@ class Twin(Strict):
 
     line: int
     first: int
-    """Of the other one, in this file or in the one for validation."""
+    """Of the other one."""
 
 
 class Twins(Strict):
@@ -109,21 +109,6 @@ def repeats(prints: Prints) -> Twins:
                 first = seen.setdefault(number, line)
                 if first != line:
                     yield line, first
-
-    return _twins(found())
-
-
-def shared(training: Prints, validation: Prints) -> Twins:
-    """Rows of the first that stand in the second as well."""
-
-    def found() -> Iterator[tuple[int, int]]:
-        for at in range(_BUCKETS):
-            seen: dict[int, int] = {}
-            for number, line in validation.bucket(at):
-                seen.setdefault(number, line)
-            for number, line in training.bucket(at):
-                if number in seen:
-                    yield line, seen[number]
 
     return _twins(found())
 
