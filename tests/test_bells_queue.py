@@ -14,7 +14,7 @@ from store_fixtures import Ledger, new_ask
 from tunesmith.settings import Settings
 from tunesmith.spec.hands import DISPATCHER
 from tunesmith.store import claims
-from tunesmith.work.worker import RING_SIGNAL
+from tunesmith.work.worker import RING_SIGNAL, is_running, run
 from work_fixtures import an_api
 
 
@@ -92,6 +92,13 @@ def test_an_idle_worker_asks_when_it_is_rung(tmp_path: Path) -> None:
             worker.terminate()
             assert worker.wait(60) == 0
     assert {ask["wait_seconds"] for ask in asks[:10]} == {3}
+
+
+def test_a_worker_whose_server_has_come_and_gone_ends(tmp_path: Path) -> None:
+    """A server takes its address away when it is stopped; one that was killed leaves it."""
+    settings = Settings.read({}, workspace=tmp_path)
+    assert run(settings, is_beside=True) == 0
+    assert not is_running(settings)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The table of states, row by row, and who may not move what."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from tunesmith.errors import (
     RateLimitError,
 )
 from tunesmith.spec.records import Job, JobState, Needs, Outcome, StopMode
-from tunesmith.store import events, jobs, rows
+from tunesmith.store import endings, events, jobs, rows
 
 STOPPED = Outcome(kind="stopped", step=3)
 
@@ -646,6 +647,18 @@ def test_a_success_that_comes_after_the_job_s_end_is_fenced(ledger: Ledger) -> N
     with pytest.raises(FencedError):
         ledger.finish(job.id, 1, succeeded(), promote=None)
     assert ledger.get(job.id) == ended
+
+
+def test_the_next_lapse_is_known_before_it_comes(ledger: Ledger) -> None:
+    assert ledger.store.read(endings.next_lapse) == math.inf
+    first = ledger.start()
+    ledger.clock.pass_by(20)
+    ledger.start()
+    assert ledger.store.read(endings.next_lapse) == pytest.approx(LEASE - 20)
+    ledger.beat(first.id, 1)
+    assert ledger.store.read(endings.next_lapse) == pytest.approx(LEASE)
+    ledger.clock.pass_by(LEASE + 1)
+    assert ledger.store.read(endings.next_lapse) == math.inf  # what has lapsed is reaped at once
 
 
 def test_retries_end(ledger: Ledger) -> None:
