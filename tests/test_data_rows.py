@@ -430,7 +430,10 @@ def test_tabs_and_newlines_are_no_control_characters(tmp_path):
 def test_raw_control_bytes_are_removed_before_a_line_is_read(tmp_path):
     path = write(tmp_path, b'{"text": "a\x00\x07b"}\n')
     assert check_file(path).fault_count == 1
-    assert RowIndex.open(path, Reading(controls="removed"))[0].text == "ab"
+    reading = Reading(controls="removed")
+    assert RowIndex.open(path, reading)[0].text == "ab"
+    report = check_file(path, reading=reading)
+    assert (report.num_samples, report.fault_count) == (1, 0)
 
 
 def test_control_characters_in_conversations_are_kept(tmp_path):

@@ -86,7 +86,7 @@ class Reader:
 
     def detected(self, span: Span) -> Format:
         try:
-            return formats.detect(self._fields(self.reading.cleaned(span.body)))
+            return formats.detect(self._fields(span.body))
         except Wrong as wrong:
             raise self._fault(span, wrong) from None
 
@@ -127,6 +127,7 @@ class Reader:
         return _unpacked(found) if self.head is not None else found
 
     def _found(self, body: bytes) -> dict[str, Any]:
+        body = self.reading.cleaned(body)
         if self.head is not None:
             return dict(tables.cells(body, self.head))
         if self.layout == "parquet":
