@@ -35,6 +35,7 @@ ROWS = {
         "prompt": "你",
         "responses": [{"content": "a", "score": 1}, {"content": "b", "score": 3.5}],
     },
+    "prompts": {"prompt": "你", "reference": 7},
 }
 
 
@@ -188,7 +189,7 @@ BROKEN = {
     "deep brackets": ('{"text": "a", "x": ' + "[" * 99999 + "]" * 99999 + "}", 1, "deeply"),
     "deep braces": ('{"text": "a", "x": ' + '{"a":' * 9999 + "1" + "}" * 9999 + "}", 1, "deeply"),
     "an empty conversation": ('{"messages": []}', 1, "length >= 1"),
-    "no answer": ('{"messages": [{"role": "user", "content": "a"}]}', 1, "no assistant message"),
+    "no answer": (lines(CHAT, {"messages": CHAT["messages"][:1]}), 2, "no assistant message"),
     "an unknown role": ('{"messages": [{"role": "bot", "content": "a"}]}', 1, "'bot'"),
     "no role": ('{"messages": [{"content": "a"}]}', 1, "`role` is missing"),
     "an empty answer": ('{"messages": [{"role": "assistant", "content": ""}]}', 1, "empty"),

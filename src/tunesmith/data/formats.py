@@ -11,6 +11,8 @@ preference         {"prompt", "chosen", "rejected", "margin"?}, all text or all 
 openai_preference  {"input": {"messages", "tools"?}, "preferred_output": [message, …],
                    "non_preferred_output": [message, …]}
 scored             {"prompt", "responses": [{"content", "score"}, …]}: the best against the worst
+prompts            {"prompt" or "messages", "reference"? or "answer"?, "tools"?}: what is asked, and
+                   maybe what should be answered; messages end before an answer
 """
 
 import json
@@ -35,6 +37,7 @@ Format = Literal[
     "preference",
     "openai_preference",
     "scored",
+    "prompts",
 ]
 FORMATS: tuple[Format, ...] = get_args(Format)
 MAX_MESSAGES = 1024
@@ -57,7 +60,8 @@ class Row:
     A conversation fills `messages` (and `tools`), a raw pair `prompt` and `completion`
     (no template, the end token is appended), a plain document `text`. An answer that was judged
     has a `label`: whether it is wanted. A pair is the row of the chosen answer; `rejected` is the
-    same with the other one, and `margin` how much better the chosen one is.
+    same with the other one, and `margin` how much better the chosen one is. A row that only asks
+    has no answer; `reference` is what should be answered.
     """
 
     line: int
@@ -69,6 +73,7 @@ class Row:
     label: bool | None = None
     rejected: "Row | None" = None
     margin: float | None = None
+    reference: str | None = None
 
 
 class RowFault(ValidationError):
@@ -189,6 +194,14 @@ class _Scored(msgspec.Struct):
     responses: Annotated[list[_Response], msgspec.Meta(min_length=1, max_length=MAX_RESPONSES)]
 
 
+class _Prompts(msgspec.Struct):
+    prompt: Text | _Messages | None = None
+    messages: _Messages | None = None
+    reference: Text | int | float | None = None
+    answer: Text | int | float | None = None
+    tools: _Tools | None = None
+
+
 _SPEAKERS: dict[str, Literal["system", "user", "assistant", "tool"]] = {
     "human": "user",
     "user": "user",
@@ -207,7 +220,7 @@ _SPEAKERS: dict[str, Literal["system", "user", "assistant", "tool"]] = {
 def detect(keys: dict[str, Any]) -> Format:
     """The format that a row with these fields is in. Raises Wrong."""
     if "messages" in keys:
-        return "openai"
+        return "prompts" if _only_asks(keys) else "openai"
     if "conversations" in keys:
         return "sharegpt"
     if "chosen" in keys or "rejected" in keys:
@@ -222,12 +235,24 @@ def detect(keys: dict[str, Any]) -> Format:
         return "alpaca"
     if "text" in keys:
         return "text"
+    if "prompt" in keys:
+        return "prompts"
     found = ", ".join(sorted(repr(key[:40]) for key in list(keys)[:8])) or "no field at all"
     raise Wrong(
         f"no known format has the fields {found}; expected messages, conversations, "
-        "instruction and output, prompt and completion, text, prompt with chosen and rejected, or "
-        "prompt and responses"
+        "instruction and output, prompt and completion, text, prompt with chosen and rejected, "
+        "prompt and responses, or a prompt alone"
     )
+
+
+def _only_asks(keys: dict[str, Any]) -> bool:
+    """Whether messages end with what is asked, and none is an answer that could be learnt."""
+    messages = keys["messages"]
+    if not isinstance(messages, list) or not messages:
+        return False
+    roles = [said.get("role") if isinstance(said, dict) else None for said in messages]
+    has_reference = "reference" in keys or "answer" in keys
+    return roles[-1] == "user" and (has_reference or "assistant" not in roles)
 
 
 def parse(line: bytes, format: Format, number: int) -> Row:
@@ -300,6 +325,7 @@ _SHAPES: dict[Format, type[msgspec.Struct]] = {
     "preference": _Preference,
     "openai_preference": _OpenAIPreference,
     "scored": _Scored,
+    "prompts": _Prompts,
 }
 
 
@@ -502,6 +528,23 @@ def _from_sharegpt(shape: _ShareGPT, line: int) -> Row:
     return _conversation(line, tuple(messages), tools)
 
 
+def _from_prompts(shape: _Prompts, line: int) -> Row:
+    told = shape.reference if shape.reference is not None else shape.answer
+    reference = None if told is None else str(told)
+    _refuse_nul(reference, "reference")
+    asked = shape.prompt if shape.prompt is not None else shape.messages
+    if asked is None:
+        raise Wrong("the field `prompt` is missing", "prompt")
+    if isinstance(asked, str):
+        if not asked:
+            raise Wrong("the prompt is empty", "prompt")
+        _refuse_nul(asked, "prompt")
+        return Row(line, prompt=asked, reference=reference)
+    loc = "messages" if shape.prompt is None else "prompt"
+    messages = tuple(_message(said, f"{loc}[{at}]") for at, said in enumerate(asked))
+    return Row(line, messages=messages, tools=shape.tools or (), reference=reference)
+
+
 def _from_text(shape: _Text, line: int) -> Row:
     return document(shape.text, line)
 
@@ -523,6 +566,7 @@ _BUILD: dict[Format, Callable[[Any, int], Row]] = {
     "preference": _from_preference,
     "openai_preference": _from_openai_preference,
     "scored": _from_scored,
+    "prompts": _from_prompts,
 }
 
 

@@ -29,6 +29,7 @@ _SHAPES: Mapping[Format, str] = {
     "preference": '{"prompt", "chosen", "rejected"}',
     "openai_preference": '{"input", "preferred_output", "non_preferred_output"}',
     "scored": '{"prompt", "responses": [{"content", "score"}, …]}',
+    "prompts": '{"prompt"} or {"messages"} that end with what is asked',
 }
 _ADVICE: Mapping[Format, str] = {
     "unpaired": "train on it with kto",
