@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -57,19 +57,33 @@ class Segments:
     runs: Runs | None = None
     """Where given, the rows of keys and values that the tokens are, in their order; a row can be
     a token of several segments, as a prompt is that two answers go on from."""
+    kept: list[tuple[Tensor, Tensor]] | None = None
+    """Where given, each layer's keys and values (K, T, D) are put there, layer after layer."""
 
     @property
     def queries(self) -> Bounds:
         return self.query_bounds or self.bounds
 
 
+class Looking(Protocol):
+    """Anything else that rows can look at, such as tokens that went through before."""
+
+    def attend(
+        self, q_HQD: Tensor, k_KQD: Tensor, v_KQD: Tensor, rule: AttentionRule
+    ) -> Tensor: ...
+
+
 def attend(
-    q_HQD: Tensor, k_KTD: Tensor, v_KTD: Tensor, segments: Segments, rule: AttentionRule
+    q_HQD: Tensor, k_KTD: Tensor, v_KTD: Tensor, segments: Segments | Looking, rule: AttentionRule
 ) -> Tensor:
     """Returns (Q, H, D).
 
     Rows after the last segment are spare: nothing is read from them, and what comes out there is 0.
     """
+    if not isinstance(segments, Segments):
+        return segments.attend(q_HQD, k_KTD, v_KTD, rule)
+    if segments.kept is not None:
+        segments.kept.append((k_KTD, v_KTD))
     if _is_plain(q_HQD, v_KTD, rule):
         out: Tensor = _Attend.apply(q_HQD, k_KTD, v_KTD, segments, rule)  # type: ignore[no-untyped-call]
         return out

@@ -30,12 +30,14 @@ class FlatBatch:
     targets_R: Tensor
     key_bounds: tuple[int, ...] | None = None
     runs: Runs | None = None
+    kept: list[tuple[Tensor, Tensor]] | None = None
+    """Where given, the layers' keys and values are put there: see `Segments`."""
 
     @property
     def segments(self) -> Segments:
         if self.runs is None or self.key_bounds is None:
-            return Segments(self.bounds)
-        return Segments(self.key_bounds, self.bounds, self.runs)
+            return Segments(self.bounds, kept=self.kept)
+        return Segments(self.key_bounds, self.bounds, self.runs, self.kept)
 
     def __len__(self) -> int:
         return self.bounds[-1]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.nn.attention import AttentionRule, Segments, attend
+from tunesmith.nn.attention import AttentionRule, Looking, Segments, attend
 from tunesmith.nn.batch import FlatBatch
 from tunesmith.nn.kernels import EAGER
 from tunesmith.nn.matmul import SHAPE_STEP
@@ -106,11 +106,19 @@ class Gpt2Stack:
         x_KH = self._forward(self.layers[-1], x_TH, segments, rows, is_training)
         return self._norm(x_KH.index_select(0, rows.labels_R))
 
+    def next_rows(self, ids_B: Tensor, positions_B: Tensor, past: Looking) -> Tensor:
+        """The hidden states (B, H) of tokens that look at `past`."""
+        x_BH = F.embedding(ids_B, self._embedding_VH)
+        x_BH = x_BH + F.embedding(positions_B, self._positions_PH)
+        for layer in self.layers:
+            x_BH = self._forward(layer, x_BH, past, None, False)
+        return self._norm(x_BH)
+
     def _forward(
         self,
         layer: Layer,
         x_TH: Tensor,
-        segments: Segments,
+        segments: Segments | Looking,
         rows: LastRows | None,
         is_training: bool,
     ) -> Tensor:
@@ -120,7 +128,7 @@ class Gpt2Stack:
             part.view(part.shape[0], self._heads, -1).transpose(0, 1)
             for part in qkv_T3H.chunk(3, 1)
         )
-        if rows is not None:
+        if rows is not None and isinstance(segments, Segments):
             x_TH, q_HTD = x_TH.index_select(0, rows.kept_K), q_HTD.index_select(1, rows.kept_K)
             segments = replace(segments, query_bounds=rows.bounds)
         dropout = self._rates[2] if is_training else 0.0

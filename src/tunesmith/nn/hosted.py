@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from tunesmith.nn.attention import Looking
 from tunesmith.nn.batch import FlatBatch, flatten
 from tunesmith.nn.cross_entropy import linear_cross_entropy_sum, linear_log_probs
 from tunesmith.nn.registered import ATTENTION, AttentionNotServed
@@ -122,6 +123,50 @@ class HostedModel(HostedDecoder):
                 return self._with_head(linear_log_probs, self._hidden_rows(batch), batch.targets_R)
             logits_RV = self._logit_rows(batch)
         return -F.cross_entropy(logits_RV.float(), batch.targets_R, reduction="none")
+
+    @property
+    def can_look_back(self) -> bool:
+        return self._ways.is_flat
+
+    @torch.no_grad()
+    def logits(self, batch: FlatBatch) -> Tensor:
+        with self._still(), self._precision():
+            return self._by_head(run_rows(self._logit_maker, batch, self._ways.is_flat))
+
+    @torch.no_grad()
+    def next_logits(self, ids_B: Tensor, positions_B: Tensor, past: Looking) -> Tensor:
+        with self._still(), self._precision():
+            out = self._logit_maker(
+                input_ids=ids_B[None],
+                position_ids=positions_B[None],
+                flat_segments=past,
+                use_cache=False,
+            )
+            return self._by_head(out[0][0])
+
+    @property
+    def _logit_maker(self) -> Any:
+        return self._model.base_model if self._ways.has_plain_head else self._model
+
+    def _by_head(self, out_RN: Tensor) -> Tensor:
+        """Logits in fp32 from what `_logit_maker` made."""
+        if not self._ways.has_plain_head:
+            return out_RN.float()
+        head = self._model.get_output_embeddings()
+        dtype = self._autocast_dtype or head.weight.dtype
+        with torch.autocast(out_RN.device.type, enabled=False):
+            logits_RV = F.linear(out_RN.to(dtype), head.weight.to(dtype)).float()
+            return logits_RV if head.bias is None else logits_RV + head.bias
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """Without dropout."""
+        was_training = self._outer.training
+        self._outer.eval()
+        try:
+            yield
+        finally:
+            self._outer.train(was_training)
 
     def _with_head(
         self, function: Callable[..., Tensor], hidden_RH: Tensor, targets_R: Tensor

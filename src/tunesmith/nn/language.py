@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
+from tunesmith.nn.attention import Looking
 from tunesmith.nn.batch import FlatBatch
 from tunesmith.nn.folder import open_folder
 from tunesmith.nn.lean import open_lean, open_lean_scorer
@@ -59,6 +60,17 @@ class LanguageModel(Model, Protocol):
 
     def log_probs(self, batch: FlatBatch) -> Tensor:
         """The log-probability, in fp32, of each label (R,); differentiable. R is above 0."""
+
+    @property
+    def can_look_back(self) -> bool:
+        """Whether there is `next_logits`, and `logits` fills a batch's `kept`."""
+
+    def logits(self, batch: FlatBatch) -> Tensor:
+        """Of each of the batch's rows (R, V), in fp32 and without dropout; not differentiable.
+        Targets are not looked at."""
+
+    def next_logits(self, ids_B: Tensor, positions_B: Tensor, past: Looking) -> Tensor:
+        """As `logits`, of tokens whose own past each layer's attention finds in `past`."""
 
 
 class ScoringModel(Model, Protocol):

@@ -23,12 +23,13 @@ from tunesmith.nn.adapters import (
     published_name,
     save_adapter,
 )
+from tunesmith.nn.attention import Looking
 from tunesmith.nn.batch import FlatBatch
 from tunesmith.nn.cross_entropy import linear_cross_entropy_sum, linear_log_probs
 from tunesmith.nn.folder import ModelFolder
 from tunesmith.nn.hosted import context_length
 from tunesmith.nn.kernels import Kernels, compiled
-from tunesmith.nn.matmul import SHAPE_STEP, is_onednn
+from tunesmith.nn.matmul import SHAPE_STEP, is_onednn, product
 from tunesmith.nn.opening import Opening, load_config, new_model, pad_of
 from tunesmith.nn.projection import Projection
 from tunesmith.nn.weights import read_file, read_tensors, write_tensors
@@ -47,6 +48,8 @@ class Stack(Protocol):
     def projections(self) -> list[Projection]: ...
 
     def hidden_rows(self, batch: FlatBatch, is_training: bool) -> Tensor: ...
+
+    def next_rows(self, ids_B: Tensor, positions_B: Tensor, past: Looking) -> Tensor: ...
 
     def stop_dropout(self) -> None: ...
 
@@ -158,6 +161,17 @@ class LeanModel(LeanDecoder):
         batch = _rounded(batch, is_onednn(self._head_VH))
         hidden_RH = self._stack.hidden_rows(batch, self._is_training)
         return linear_log_probs(hidden_RH, self._head_VH, batch.targets_R)
+
+    can_look_back = True
+
+    @torch.no_grad()
+    def logits(self, batch: FlatBatch) -> Tensor:
+        batch = _rounded(batch, is_onednn(self._head_VH))
+        return product(self._stack.hidden_rows(batch, is_training=False), self._head_VH)
+
+    @torch.no_grad()
+    def next_logits(self, ids_B: Tensor, positions_B: Tensor, past: Looking) -> Tensor:
+        return product(self._stack.next_rows(ids_B, positions_B, past), self._head_VH)
 
 
 class LeanScorer(LeanDecoder):

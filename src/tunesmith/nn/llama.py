@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.nn.attention import AttentionRule, Segments, attend
+from tunesmith.nn.attention import AttentionRule, Looking, Segments, attend
 from tunesmith.nn.batch import FlatBatch
 from tunesmith.nn.kernels import EAGER
 from tunesmith.nn.layers import rms_norm, split_heads, swiglu
@@ -147,8 +147,22 @@ class LlamaStack:
         hidden_RH = x_KH.index_select(0, rows.labels_R)
         return rms_norm(hidden_RH, self._norm_H, self.shape.epsilon, self.kernels)
 
+    def next_rows(self, ids_B: Tensor, positions_B: Tensor, past: Looking) -> Tensor:
+        """The hidden states (B, H) of tokens that look at `past`."""
+        x_BH = F.embedding(ids_B, self._embedding_VH)
+        cos_PD, sin_PD = self._tables(positions_B)
+        turn = Turn(cos_PD[positions_B], sin_PD[positions_B])
+        for layer in self.layers:
+            x_BH = self._forward(layer, x_BH, turn, past, False)
+        return rms_norm(x_BH, self._norm_H, self.shape.epsilon, self.kernels)
+
     def _forward(
-        self, layer: Layer, x_TH: Tensor, turn: Turn, segments: Segments, is_training: bool
+        self,
+        layer: Layer,
+        x_TH: Tensor,
+        turn: Turn,
+        segments: Segments | Looking,
+        is_training: bool,
     ) -> Tensor:
         shape = self.shape
         normed_TH = rms_norm(x_TH, layer.norm_H, shape.epsilon, self.kernels)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from tunesmith.nn.attention import AttentionRule, Segments, attend
+from tunesmith.nn.attention import AttentionRule, Looking, Segments, attend
 
 ATTENTION = "tunesmith_segments"
 
@@ -29,7 +29,7 @@ def _attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    flat_segments: Segments | None = None,
+    flat_segments: Segments | Looking | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -54,7 +54,7 @@ def _check(
     query: Tensor,
     key: Tensor,
     mask: Tensor | None,
-    segments: Segments | None,
+    segments: Segments | Looking | None,
     is_causal: bool | None,
     rest: dict[str, Any],
 ) -> None:
@@ -64,7 +64,7 @@ def _check(
         raise AttentionNotServed("flat_segments does not reach the attention")
     if not causal or odd or mask is not None:
         raise AttentionNotServed(f"not plain causal attention: {odd or 'a mask, or both ways'}")
-    tokens = segments.queries[-1]
+    tokens = segments.queries[-1] if isinstance(segments, Segments) else query.shape[2]
     if query.shape[0] != 1 or query.shape[2] != tokens or key.shape[2] != tokens:
         raise AttentionNotServed("not one flat row")
 
