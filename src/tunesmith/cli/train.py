@@ -85,6 +85,12 @@ LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens.")]
 UseLora = Annotated[bool | None, typer.Option("--lora/--full", help="Adapters or all.")]
 LoraRank = Annotated[int | None, typer.Option(help="The adapters' rank.")]
+Rslora = Annotated[
+    bool | None, typer.Option("--rslora", help="Scale adapters by alpha / sqrt(rank).")
+]
+Dora = Annotated[
+    bool | None, typer.Option("--dora", help="Train the weights' lengths by themselves.")
+]
 Seed = Annotated[int | None, typer.Option()]
 Upload = Annotated[
     bool, typer.Option("--upload", help="Send the data set's file to the server first.")
@@ -104,6 +110,8 @@ def train_sft(
     max_length: MaxLength = None,
     lora: UseLora = None,
     lora_r: LoraRank = None,
+    rslora: Rslora = None,
+    dora: Dora = None,
     seed: Seed = None,
     columns: ColumnsOption = None,
     more: Annotated[
@@ -127,6 +135,8 @@ def train_sft(
         "max_length": max_length,
         "use_lora": lora,
         "lora_r": lora_r,
+        "use_rslora": rslora,
+        "use_dora": dora,
         "seed": seed,
         "columns": columns_of(columns),
         **_assignments(more or []),
@@ -149,6 +159,8 @@ def train_dpo(
     max_length: MaxLength = None,
     lora: UseLora = None,
     lora_r: LoraRank = None,
+    rslora: Rslora = None,
+    dora: Dora = None,
     seed: Seed = None,
     columns: ColumnsOption = None,
     more: Annotated[
@@ -174,6 +186,8 @@ def train_dpo(
         "max_length": max_length,
         "use_lora": lora,
         "lora_r": lora_r,
+        "use_rslora": rslora,
+        "use_dora": dora,
         "seed": seed,
         "columns": columns_of(columns),
         **_assignments(more or []),

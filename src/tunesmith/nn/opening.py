@@ -225,6 +225,8 @@ def _with_new_adapter(model: Any, folder: ModelFolder, opening: Opening, task: s
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
         target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
         fan_in_fan_out=_has_transposed_layers(model),
         task_type=task,

@@ -36,6 +36,12 @@ class Lora(Strict):
     rank: int = Field(8, ge=1, le=1024)
     alpha: float = Field(16, gt=0, le=65536)
     """The adapter's output is scaled by alpha / rank."""
+    use_rslora: bool = False
+    """Scaled by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732): a high rank then
+    learns as fast as a low one."""
+    use_dora: bool = False
+    """The lengths of the weights are trained apart from their directions (Liu et al. 2024,
+    arXiv:2402.09353)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: Literal["all-linear"] | Annotated[tuple[Target, ...], Field(max_length=256)] = (
         "all-linear"

@@ -78,6 +78,12 @@ class TuningRequest(BaseModel):
     lora_r: int = Field(8, ge=1, le=1024, description="the adapters' rank")
     lora_alpha: float = Field(16, gt=0, le=65_536, description="adapters are scaled by alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="before the adapters")
+    use_rslora: bool = Field(
+        False, description="rank-stabilised: adapters are scaled by alpha / sqrt(r)"
+    )
+    use_dora: bool = Field(
+        False, description="weight-decomposed: the lengths of the weights are trained by themselves"
+    )
     lora_target_modules: (
         Literal["all-linear"] | Annotated[list[Target], Field(min_length=1, max_length=256)]
     ) = Field("all-linear", description="module names as PEFT takes them, or all linear layers")
@@ -114,6 +120,8 @@ class TuningRequest(BaseModel):
             rank=self.lora_r,
             alpha=self.lora_alpha,
             dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
             targets=targets if isinstance(targets, str) else tuple(targets),
         )
         return {
