@@ -197,3 +197,31 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     write_model(LEAN["llama, grouped queries"], tmp_path / "base")
     with pytest.raises(JobFailure, match="k_proj"):
         open_model(str(tmp_path / "adapter"), lora=Lora())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}])
+def test_an_adapter_learns_over_weights_of_few_bits(
+    bits: Any, variant: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = write_model(LEAN["llama"], tmp_path / "base")
+    lora = Lora(rank=4, **variant)
+    model = open_model(base, lora=lora, precision="bf16", device="cuda:0", quantization=bits)
+    batch = flatten(SAMPLES, "cuda:0")
+    adam = torch.optim.AdamW(model.trainable().values(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model.loss_sum(batch)
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    exact = open_model(base, lora=lora, precision="bf16", device="cuda:0").loss_sum(batch).item()
+    assert losses[0] == pytest.approx(exact, rel=0.05)
+    model.save(tmp_path / "adapter")
+    again = open_model(str(tmp_path / "adapter"), lora=lora, precision="bf16", device="cuda:0")
+    assert again.loss_sum(batch).item() < losses[0]

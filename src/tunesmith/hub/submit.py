@@ -84,7 +84,7 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
     output_dir = None if asked.output_dir is None else output.find(hub, asked, model.folder)
     _refuse_full_disk(spec, model, free_bytes)
     workers = look.workers()
-    wanted = needs.of(spec, model.folder, _has_gpu(spec, workers))
+    wanted = needs.of(spec, model.folder, _has_gpu(workers))
     _refuse_unfit(wanted, workers)
     parts = [training] if evaluation is None else [training, evaluation]
     verdicts = [look.verdict(spec, model, part) for part in parts if model.is_here]
@@ -160,9 +160,9 @@ def _refuse_unfit(wanted: Needs, workers: Collection[Capacity]) -> None:
         )
 
 
-def _has_gpu(spec: TrainSpec, workers: Collection[Capacity]) -> bool:
-    """A GPU is asked for where a worker has one, and where the request cannot do without."""
-    return spec.run.quantization is not None or any(one.max_gpus for one in workers)
+def _has_gpu(workers: Collection[Capacity]) -> bool:
+    """A GPU is asked for where a worker has one; every request can do without."""
+    return any(one.max_gpus for one in workers)
 
 
 def _replay(hub: "Hub", asked: Request, who: Principal) -> Job | None:

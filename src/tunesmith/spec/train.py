@@ -82,6 +82,8 @@ class Run(Strict):
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """auto: only where memory does not suffice."""
     quantization: Literal["4bit", "8bit"] | None = None
+    """Of frozen weights, on a GPU, through bitsandbytes: 4bit is NF4 (Dettmers et al. 2023,
+    arXiv:2305.14314, section 3). On a CPU the weights stay as they are, with a warning."""
     devices: int = Field(1, ge=1, le=1024)
     """GPUs that share each step, or processes on a CPU: data parallel, under torchrun."""
     logging_steps: int = Field(1, ge=1, le=1_000_000)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -143,13 +143,25 @@ class Job:
             should_compile=plan.compile,
             seed=spec.optim.seed,
             gradient_checkpointing=self._is_checkpointing,
-            quantization=spec.run.quantization,
+            quantization=self._quantization(),
             from_scratch=isinstance(spec, Pretrain) and spec.from_scratch,
             has_dropout=isinstance(spec, Sft | Pretrain),
         )
         return (
             open_scorer(folder, opening) if isinstance(spec, Reward) else open_with(folder, opening)
         )
+
+    def _quantization(self) -> Literal["4bit", "8bit"] | None:
+        """As asked for on a GPU; on a CPU the weights stay as they are, and that is said."""
+        asked = self._spec.run.quantization
+        if asked is None or self._plan.device.startswith("cuda"):
+            return asked
+        self._notice(
+            "quantization_off",
+            f"{asked} weights need a GPU, and this job runs on the CPU: the weights are kept in "
+            "full precision, which takes more memory and loses nothing",
+        )
+        return None
 
     def _renderer(self, rows: RowIndex) -> Renderer:
         renderer = Renderer.load(Path(self._task.inputs.model))

@@ -87,8 +87,13 @@ class TuningRequest(BaseModel):
     lora_target_modules: (
         Literal["all-linear"] | Annotated[list[Target], Field(min_length=1, max_length=256)]
     ) = Field("all-linear", description="module names as PEFT takes them, or all linear layers")
-    load_in_4bit: bool = Field(False, description="the base in 4 bits (needs a GPU)")
-    load_in_8bit: bool = Field(False, description="the base in 8 bits (needs a GPU)")
+    load_in_4bit: bool = Field(
+        False,
+        description="the base in 4 bits (NF4); on a CPU in full precision, and a warning says so",
+    )
+    load_in_8bit: bool = Field(
+        False, description="the base in 8 bits; on a CPU in full precision, and a warning says so"
+    )
     devices: int = Field(
         1, ge=1, le=1024, description="GPUs that share each step (on a CPU: processes)"
     )
