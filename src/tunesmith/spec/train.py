@@ -86,6 +86,8 @@ class Run(Strict):
     arXiv:2305.14314, section 3). On a CPU the weights stay as they are, with a warning."""
     devices: int = Field(1, ge=1, le=1024)
     """GPUs that share each step, or processes on a CPU: data parallel, under torchrun."""
+    probe: bool = False
+    """Make a step on the longest samples first, so that memory that does not suffice shows then."""
     logging_steps: int = Field(1, ge=1, le=1_000_000)
     save_steps: int | None = Field(None, ge=1, le=100_000_000)
     save_seconds: float = Field(60, gt=0, le=86_400)

@@ -97,6 +97,11 @@ class TuningRequest(BaseModel):
     devices: int = Field(
         1, ge=1, le=1024, description="GPUs that share each step (on a CPU: processes)"
     )
+    probe: bool = Field(
+        False,
+        description="make a step on the longest samples first, so that memory that does not "
+        "suffice shows then",
+    )
     eval_dataset_path: Name | None = Field(None, description="held-out data, same formats")
     columns: Columns = Field(
         {},
@@ -158,6 +163,7 @@ class TuningRequest(BaseModel):
         return Run(
             quantization="4bit" if self.load_in_4bit else bits,
             devices=self.devices,
+            probe=self.probe,
             logging_steps=self.logging_steps,
             save_steps=self.save_steps,
         )
