@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from tuning_sdk.models import (
         CreatedJob,
         Dataset,
-        Estimate,
         Job,
         JobEvent,
         LogLines,
@@ -49,7 +48,6 @@ _HOMES = {
     "TuningAPIError": "errors",
     "ValidationError": "errors",
     "CreatedJob": "models",
-    "Estimate": "models",
     "Dataset": "models",
     "Job": "models",
     "JobEvent": "models",
@@ -66,7 +64,6 @@ __all__ = [
     "ConnectionError",
     "CreatedJob",
     "Dataset",
-    "Estimate",
     "Job",
     "JobEvent",
     "LogLines",
