@@ -104,11 +104,12 @@ def break_tokens_from(folder: Path, first: int) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def adapter_folder(folder: Path, base: Path, seed: int) -> Path:
-    """A LoRA adapter whose matrices are far from zero, so that it changes every answer."""
+def adapter_folder(folder: Path, base: Path, seed: int, **more: Any) -> Path:
+    """A LoRA adapter whose matrices are far from zero, so that it changes every answer; `more` goes
+    to PEFT's config."""
     net = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     targets = ["q_proj", "v_proj", "down_proj"]
-    config = LoraConfig(r=4, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM", **more)
     tuned = get_peft_model(net, config)
     torch.manual_seed(seed)
     with torch.no_grad():

@@ -148,3 +148,16 @@ def test_schema_and_example_need_no_file(capsys: Output) -> None:
     assert "learning_rate" in json.dumps(json.loads(capsys.readouterr().out))
     assert main(["train", "--example"]) == 0
     assert "learning_rate: 2e-4" in capsys.readouterr().out
+
+
+def test_an_estimate_and_a_probe_leave_nothing_behind(here: Path, capsys: Output) -> None:
+    spec = write_spec("추정", epochs=2)
+    before = sorted(here.iterdir())
+    assert main(["train", str(spec), "--estimate", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["rows"], told["steps"]) == (64, 32)
+    assert main(["train", str(spec), "--probe"]) == 0
+    shown = capsys.readouterr().out
+    assert "32" in shown
+    assert "a step on the 4 longest samples" in shown
+    assert sorted(here.iterdir()) == before

@@ -13,6 +13,7 @@ from tunesmith.errors import BadRequestError, ConflictError
 from tunesmith.hub.data import _take_in
 from tunesmith.hub.names import find_data
 from tunesmith.hub.principal import Principal
+from tunesmith.store import jobs
 from tunesmith.store.promotion import _make_parents
 
 PATHS = [
@@ -107,6 +108,14 @@ def test_outputs_of_unfinished_jobs_do_not_overlap(door: TestClient) -> None:
         answer = submit(door, output_dir=other)
         assert answer.status_code == 409, other
     assert submit(door, output_dir="outputs/axb").status_code == 200
+
+
+@pytest.mark.parametrize("field", ["load_in_4bit", "load_in_8bit"])
+def test_weights_of_few_bits_need_no_gpu(door: TestClient, field: str) -> None:
+    answer = submit(door, **{field: True})
+    assert answer.status_code == 200, answer.text
+    job = hub_of(door).store.read(lambda tx: jobs.get(tx, answer.json()["job_id"]))
+    assert job.needs.gpus == 0
 
 
 def test_odd_but_possible_places_are_taken(door: TestClient) -> None:

@@ -120,8 +120,9 @@ def test_sequences_of_several_adapters_run_in_one_step(tmp_path: Path) -> None:
     adapters = engine.runner.model.adapters
     prompts = prompts_of(4, 30)
     wanted: dict[str | None, Any] = {None: made.network("llama")}
-    for seed, title in enumerate(["first", "second"]):
-        folder = made.adapter_folder(tmp_path / title, base, seed)
+    kinds = {"first": {}, "second": {"use_dora": True, "use_rslora": True}}
+    for seed, (title, more) in enumerate(kinds.items()):
+        folder = made.adapter_folder(tmp_path / title, base, seed, **more)
         adapters.load(title, folder)
         wanted[title] = merged(base, folder)
     sequences = []

@@ -33,12 +33,17 @@ def stir(model: LanguageModel) -> None:
         for name, one in model.trainable().items():
             if "lora_B" in name:
                 one.copy_(torch.randn(one.shape, generator=dice) * 0.05)
+            if "magnitude" in name:
+                one.mul_(1 + 0.1 * torch.randn(one.shape, generator=dice))
 
 
 def peft_outcome(base: str, adapter: Path) -> Any:
     model = PeftModel.from_pretrained(load(base), adapter, is_trainable=True)
     outcome = plain_outcome(model, SAMPLES)
-    grads = {name.replace(".default", ""): grad for name, grad in outcome.grads.items()}
+    grads = {
+        name.replace(".default", "").replace("vector.weight", "vector"): grad
+        for name, grad in outcome.grads.items()
+    }
     return type(outcome)(outcome.loss, grads)
 
 
@@ -59,10 +64,60 @@ def test_a_saved_adapter_is_the_same_in_peft(name: str, targets: str, tmp_path: 
     assert largest_difference(ours, theirs) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
-def test_a_saved_adapter_gives_peft_the_same_logits(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("llama, biases", {"use_dora": True, "targets": ("q_proj", "v_proj", "o_proj", "up_proj")}),
+        ("qwen3", {"use_dora": True, "use_rslora": True}),
+        ("gpt2", {"use_dora": True}),
+        ("gemma", {"use_dora": True}),
+        ("llama", {"use_rslora": True}),
+        ("gemma", {"use_rslora": True}),
+    ],
+)
+def test_a_variant_of_lora_is_the_same_in_peft(
+    name: str, variant: dict[str, Any], tmp_path: Path
+) -> None:
     base = write_model((LEAN | HOSTED)[name], tmp_path / "base")
-    model = open_model(base, lora=Lora(rank=4))
+    model = open_model(base, lora=Lora(rank=4, alpha=6, **variant))
+    bare = open_model(base, lora=None).loss_sum(BATCH).item()
+    assert model.is_lean == (name in LEAN)
+    assert model.loss_sum(BATCH).item() == pytest.approx(bare, rel=1e-6)
+    stir(model)
+    model.save(tmp_path / "adapter")
+    theirs = peft_outcome(base, tmp_path / "adapter")
+    again = open_model(str(tmp_path / "adapter"), lora=Lora())
+    assert again.is_lean == model.is_lean
+    assert again.loss_sum(BATCH).item() == pytest.approx(theirs.loss, rel=1e-6)
+    ours = our_outcome(model, BATCH)
+    assert ours.grads.keys() == theirs.grads.keys()
+    assert largest_difference(ours, theirs) < 1e-5
+
+
+def test_dora_thins_what_peft_thins(tmp_path: Path) -> None:
+    """The mean over many masks: the frozen product is left whole, the changes are thinned."""
+    base = write_model(LEAN["llama"], tmp_path / "base")
+    lora = Lora(rank=4, alpha=6, dropout=0.3, use_dora=True, targets=("down_proj",))
+    model = open_model(base, lora=lora)
+    stir(model)
+    torch.manual_seed(5)
+    losses = [model.loss_sum(BATCH).item() for _ in range(20)]
+    model.save(tmp_path / "adapter")
+    peft = PeftModel.from_pretrained(load(base), tmp_path / "adapter", is_trainable=True)
+    theirs = [plain_outcome(peft, SAMPLES).loss for _ in range(20)]
+    spread = torch.tensor(theirs).std().item() / 20**0.5
+    assert abs(sum(losses) / 20 - sum(theirs) / 20) < 5 * spread
+    model.eval()
+    assert model.loss_sum(BATCH).item() == model.loss_sum(BATCH).item()
+
+
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True, "use_rslora": True}])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
+def test_a_saved_adapter_gives_peft_the_same_logits(
+    name: str, variant: dict[str, Any], tmp_path: Path
+) -> None:
+    base = write_model((LEAN | HOSTED)[name], tmp_path / "base")
+    model = open_model(base, lora=Lora(rank=4, **variant))
     stir(model)
     model.save(tmp_path / "adapter")
     merged = open_model(str(tmp_path / "adapter"), lora=None)
@@ -92,11 +147,16 @@ def test_an_adapter_goes_on_from_where_it_was(name: str, tmp_path: Path) -> None
 
 def test_an_adapter_that_only_peft_knows_is_trained_by_peft(tmp_path: Path) -> None:
     base = write_model(LEAN["llama"], tmp_path / "base")
-    config = LoraConfig(r=4, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4,
+        rank_pattern={"q_proj": 2},
+        target_modules=["q_proj", "k_proj"],
+        task_type="CAUSAL_LM",
+    )
     get_peft_model(load(base), config).save_pretrained(tmp_path / "adapter")
     model = open_model(str(tmp_path / "adapter"), lora=Lora())
     assert not model.is_lean
-    assert any("magnitude" in name for name in model.trainable())
+    assert {len(one) for name, one in model.trainable().items() if "lora_A" in name} == {2, 4}
 
 
 def test_a_new_adapter_changes_nothing_and_starts_as_its_seed_says(tmp_path: Path) -> None:
@@ -137,3 +197,31 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     write_model(LEAN["llama, grouped queries"], tmp_path / "base")
     with pytest.raises(JobFailure, match="k_proj"):
         open_model(str(tmp_path / "adapter"), lora=Lora())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}])
+def test_an_adapter_learns_over_weights_of_few_bits(
+    bits: Any, variant: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = write_model(LEAN["llama"], tmp_path / "base")
+    lora = Lora(rank=4, **variant)
+    model = open_model(base, lora=lora, precision="bf16", device="cuda:0", quantization=bits)
+    batch = flatten(SAMPLES, "cuda:0")
+    adam = torch.optim.AdamW(model.trainable().values(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model.loss_sum(batch)
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    exact = open_model(base, lora=lora, precision="bf16", device="cuda:0").loss_sum(batch).item()
+    assert losses[0] == pytest.approx(exact, rel=0.05)
+    model.save(tmp_path / "adapter")
+    again = open_model(str(tmp_path / "adapter"), lora=lora, precision="bf16", device="cuda:0")
+    assert again.loss_sum(batch).item() < losses[0]

@@ -26,6 +26,7 @@ from tunesmith.errors import (
     NotFoundError,
     RateLimitError,
 )
+from tunesmith.spec.estimate import Estimate
 from tunesmith.spec.records import Job, JobState, Needs, Outcome, StopMode
 from tunesmith.store import endings, events, jobs, rows
 
@@ -809,14 +810,35 @@ def test_the_checkpoint_of_a_refused_attempt_is_not_listed(ledger: Ledger) -> No
     assert ledger.store.read(lambda tx: events.checkpoints(tx, job.id)) == []
 
 
+ESTIMATE = Estimate(
+    parameters=10,
+    trainable_parameters=5,
+    rows=3,
+    samples=3,
+    steps=2,
+    tokens=1 << 40,
+    label_tokens=7,
+    longest_sample_tokens=9,
+    is_exact=True,
+    seconds=1.5,
+    seconds_from="guess",
+    peak_memory_bytes=1 << 60,
+    checkpoint_bytes=60,
+    disk_bytes=100,
+)
+
+
 def test_what_was_asked_for_comes_back_unchanged(ledger: Ledger) -> None:
     new = new_job(
         request={"learning_rate": 2e-5, "深": {"입": ["🙂", None, True]}},
         eval_dataset={"name": "e", "path": "/ws/e", "sha256": SHA},
         retry_of="0123abcd",
         resume_from="/ws/체크포인트",
+        estimate=ESTIMATE,
     )
     job = ledger.submit(**dict(new))
     for name in type(new).model_fields:
-        if name != "output_dir":
+        if name not in ("output_dir", "estimate"):
             assert getattr(ledger.get(job.id), name) == getattr(new, name)
+    [first] = ledger.store.read(lambda tx: events.after(tx, job.id))
+    assert first.data == {"estimate": ESTIMATE.model_dump(mode="json")}

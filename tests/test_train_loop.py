@@ -467,3 +467,16 @@ def test_pretraining_refuses_rows_that_are_no_text(place):
     error = failure(place.task(spec))
     assert error.failure_class is FailureClass.DATA_ERROR
     assert 'pretrain reads rows like {"text"}' in str(error)
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("lora", [None, Lora(rank=2)])
+def test_weights_of_few_bits_are_whole_ones_on_a_cpu_and_that_is_said(place, lora, bits):
+    run = Run(save_seconds=3600, quantization=bits)
+    asked = run_here(place.task(sft(lora, max_steps=2, run=run)))
+    plain = run_here(place.task(sft(lora, max_steps=2)))
+    assert asked.losses == plain.losses
+    [notice] = [one for one in asked.of("notice") if one["code"] == "quantization_off"]
+    assert notice["level"] == "warning"
+    assert bits in notice["message"]
+    assert asked.last["type"] == "finished"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tuning_sdk.models import (
         CreatedJob,
         Dataset,
+        Estimate,
         Job,
         JobEvent,
         LogLines,
@@ -48,6 +49,7 @@ _HOMES = {
     "TuningAPIError": "errors",
     "ValidationError": "errors",
     "CreatedJob": "models",
+    "Estimate": "models",
     "Dataset": "models",
     "Job": "models",
     "JobEvent": "models",
@@ -64,6 +66,7 @@ __all__ = [
     "ConnectionError",
     "CreatedJob",
     "Dataset",
+    "Estimate",
     "Job",
     "JobEvent",
     "LogLines",

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from tuning_sdk.errors import ConnectionError, TimeoutError, TuningAPIError
 from tuning_sdk.events import EventLine, read_events
-from tuning_sdk.models import CreatedJob, Job, JobEvent, LogLines
+from tuning_sdk.models import CreatedJob, Estimate, Job, JobEvent, LogLines
 from tuning_sdk.retry import PATIENCE, Call, should_retry_status, wait_seconds
 from tuning_sdk.transport import Transport
 
@@ -52,6 +52,18 @@ class Jobs:
         """
         body = {"model_name": model_name, "dataset_path": os.fspath(dataset_path), **fields}
         return self._start("/train/dpo", body, idempotency_key)
+
+    def estimate_sft(
+        self, model_name: str, dataset_path: str | os.PathLike[str], **fields: Any
+    ) -> Estimate:
+        """What `train_sft` with the same arguments would take; nothing is started."""
+        return self._estimate("/train/sft/estimate", model_name, dataset_path, fields)
+
+    def estimate_dpo(
+        self, model_name: str, dataset_path: str | os.PathLike[str], **fields: Any
+    ) -> Estimate:
+        """What `train_dpo` with the same arguments would take; nothing is started."""
+        return self._estimate("/train/dpo/estimate", model_name, dataset_path, fields)
 
     def get(self, job_id: str) -> Job:
         return Job.of(self._transport.send(Call("GET", _path(job_id))))
@@ -160,6 +172,12 @@ class Jobs:
         return CreatedJob.of(
             self._transport.send(Call("POST", path, json=body, idempotency_key=key))
         )
+
+    def _estimate(
+        self, path: str, model: str, dataset: str | os.PathLike[str], fields: dict[str, Any]
+    ) -> Estimate:
+        body = {"model_name": model, "dataset_path": os.fspath(dataset), **fields}
+        return Estimate.of(self._transport.send(Call("POST", path, json=body)))
 
     def _open_events(self, job_id: str, after: int) -> Iterator[EventLine]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}

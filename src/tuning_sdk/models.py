@@ -57,6 +57,8 @@ class Job(Answer):
     metrics: dict[str, Any] | None = None
     """The latest of each."""
     eta_seconds: float | None = None
+    estimate: dict[str, Any] | None = None
+    """What was told beforehand (see `Estimate`), and in `actual` how it went."""
 
     @property
     def is_terminal(self) -> bool:
@@ -81,6 +83,29 @@ class Job(Answer):
         if self.started_at is None or self.completed_at is None:
             return None
         return round((_utc(self.completed_at) - _utc(self.started_at)).total_seconds())
+
+
+class Estimate(Answer):
+    """What a job would take. Sizes in bytes."""
+
+    parameters: int
+    trainable_parameters: int
+    rows: int = 0
+    samples: int = 0
+    """Of an epoch."""
+    steps: int
+    tokens: int
+    """In all; each epoch counts."""
+    label_tokens: int = 0
+    longest_sample_tokens: int = 0
+    is_exact: bool = False
+    """Whether every row was tokenised for this, or some of them, spread over the file."""
+    seconds: float
+    seconds_from: str = "guess"
+    """history: from the speed of jobs that ran there; guess: there is none yet."""
+    peak_memory_bytes: int
+    checkpoint_bytes: int
+    disk_bytes: int
 
 
 class JobEvent(Answer):

@@ -1,8 +1,9 @@
 """`train SPEC.yaml` here and now without a server, `train sft` and `dpo` as jobs of a server."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
     from typer._click import Context
 
     from tuning_sdk import TuningClient
-    from tuning_sdk.models import CreatedJob
+    from tuning_sdk.models import CreatedJob, Estimate
 
+T = TypeVar("T")
 _HERE = "here"
 
 
@@ -39,6 +41,11 @@ train = typer.Typer(
 )
 
 
+EstimateOnly = Annotated[
+    bool, typer.Option("--estimate", help="Tell what it would take, and start nothing.")
+]
+
+
 @train.command(_HERE)
 def train_here(
     spec: Annotated[
@@ -46,12 +53,17 @@ def train_here(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Where the model goes (outputs/<file's name>)."),
+        typer.Option("--out", metavar="DIR", help="Where the model goes (outputs/<spec's name>)."),
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Forget the checkpoints of an earlier try.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print each event as JSON.")] = False,
+    estimate: EstimateOnly = False,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="--estimate by a step on the longest samples, made here."),
+    ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the file's JSON schema.")] = False,
     example: Annotated[bool, typer.Option("--example", help="Print an example file.")] = False,
 ) -> None:
@@ -60,10 +72,9 @@ def train_here(
     Ctrl-C saves a checkpoint and stops, a second one kills. The same command goes on from there.
     """
     from tunesmith.cli import specfile
-    from tunesmith.spec import written
 
     if schema:
-        show_json(written.schema())
+        show_json(specfile.schema())
     elif example:
         show(specfile.EXAMPLE.rstrip())
     elif spec is None:
@@ -73,7 +84,13 @@ def train_here(
     else:
         from tunesmith.cli.foreground import Foreground
 
-        raise typer.Exit(Foreground.prepare(spec, out, fresh).run(as_json))
+        target = out if out is not None else Path("outputs") / spec.stem
+        if estimate or probe:
+            from tunesmith.cli.foretold import estimate_here
+
+            estimate_here(spec, target, should_probe=probe, as_json=as_json)
+            return
+        raise typer.Exit(Foreground.prepare(spec, target, fresh).run(as_json))
 
 
 Model = Annotated[str, typer.Option("-m", "--model", help="A folder, a name, a hub id.")]
@@ -85,6 +102,12 @@ LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens.")]
 UseLora = Annotated[bool | None, typer.Option("--lora/--full", help="Adapters or all.")]
 LoraRank = Annotated[int | None, typer.Option(help="The adapters' rank.")]
+Rslora = Annotated[
+    bool | None, typer.Option("--rslora", help="Scale adapters by alpha / sqrt(rank).")
+]
+Dora = Annotated[
+    bool | None, typer.Option("--dora", help="Train the weights' lengths by themselves.")
+]
 Seed = Annotated[int | None, typer.Option()]
 Upload = Annotated[
     bool, typer.Option("--upload", help="Send the data set's file to the server first.")
@@ -104,6 +127,8 @@ def train_sft(
     max_length: MaxLength = None,
     lora: UseLora = None,
     lora_r: LoraRank = None,
+    rslora: Rslora = None,
+    dora: Dora = None,
     seed: Seed = None,
     columns: ColumnsOption = None,
     more: Annotated[
@@ -112,6 +137,7 @@ def train_sft(
     ] = None,
     upload: Upload = False,
     wait: Wait = False,
+    estimate: EstimateOnly = False,
     server: ServerOption = None,
     api_key: KeyOption = None,
     workspace: WorkspaceOption = None,
@@ -127,12 +153,18 @@ def train_sft(
         "max_length": max_length,
         "use_lora": lora,
         "lora_r": lora_r,
+        "use_rslora": rslora,
+        "use_dora": dora,
         "seed": seed,
         "columns": columns_of(columns),
         **_assignments(more or []),
     }
     with client_for(server, api_key, workspace) as client:
-        _start(client, client.jobs.train_sft, (model, dataset), fields, (upload, wait, as_json))
+        ways = Ways(upload, wait, as_json)
+        if estimate:
+            _estimate(client, client.jobs.estimate_sft, (model, dataset), fields, ways)
+        else:
+            _start(client, client.jobs.train_sft, (model, dataset), fields, ways)
 
 
 @train.command("dpo")
@@ -149,6 +181,8 @@ def train_dpo(
     max_length: MaxLength = None,
     lora: UseLora = None,
     lora_r: LoraRank = None,
+    rslora: Rslora = None,
+    dora: Dora = None,
     seed: Seed = None,
     columns: ColumnsOption = None,
     more: Annotated[
@@ -157,6 +191,7 @@ def train_dpo(
     ] = None,
     upload: Upload = False,
     wait: Wait = False,
+    estimate: EstimateOnly = False,
     server: ServerOption = None,
     api_key: KeyOption = None,
     workspace: WorkspaceOption = None,
@@ -174,12 +209,25 @@ def train_dpo(
         "max_length": max_length,
         "use_lora": lora,
         "lora_r": lora_r,
+        "use_rslora": rslora,
+        "use_dora": dora,
         "seed": seed,
         "columns": columns_of(columns),
         **_assignments(more or []),
     }
     with client_for(server, api_key, workspace) as client:
-        _start(client, client.jobs.train_dpo, (model, dataset), fields, (upload, wait, as_json))
+        ways = Ways(upload, wait, as_json)
+        if estimate:
+            _estimate(client, client.jobs.estimate_dpo, (model, dataset), fields, ways)
+        else:
+            _start(client, client.jobs.train_dpo, (model, dataset), fields, ways)
+
+
+@dataclass(frozen=True)
+class Ways:
+    upload: bool
+    wait: bool
+    as_json: bool
 
 
 def _start(
@@ -187,21 +235,47 @@ def _start(
     submit: Callable[..., "CreatedJob"],
     inputs: tuple[str, str],
     fields: dict[str, Any],
-    ways: tuple[bool, bool, bool],
+    ways: Ways,
 ) -> None:
-    """`inputs`: model and data set; `ways`: upload, wait, as JSON. Fields of None are left out."""
-    (model, dataset), (upload, wait, as_json) = inputs, ways
-    given = {name: value for name, value in fields.items() if value is not None}
-    path = _uploaded(client, dataset, given.get("columns")) if upload else dataset
-    created = submit(model, path, **given)
-    if as_json:
+    """`inputs`: model and data set. Fields of None are left out."""
+    created = _asked(client, submit, inputs, fields, ways)
+    if ways.as_json:
         show_json(created.model_dump(mode="json"))
     else:
         show(created.job_id)
         tell(created.message)
-    if wait:
-        raise typer.Exit(_follow(client, created.job_id, as_json))
+    if ways.wait:
+        raise typer.Exit(_follow(client, created.job_id, ways.as_json))
     suggest(f"tunesmith jobs watch {created.job_id}")
+
+
+def _estimate(
+    client: "TuningClient",
+    estimate: Callable[..., "Estimate"],
+    inputs: tuple[str, str],
+    fields: dict[str, Any],
+    ways: Ways,
+) -> None:
+    from tunesmith.cli.foretold import show_estimate
+
+    told = _asked(client, estimate, inputs, fields, ways).model_dump(mode="json")
+    if ways.as_json:
+        show_json(told)
+    else:
+        show_estimate(told)
+
+
+def _asked(
+    client: "TuningClient",
+    ask: Callable[..., T],
+    inputs: tuple[str, str],
+    fields: dict[str, Any],
+    ways: Ways,
+) -> T:
+    model, dataset = inputs
+    given = {name: value for name, value in fields.items() if value is not None}
+    path = _uploaded(client, dataset, given.get("columns")) if ways.upload else dataset
+    return ask(model, path, **given)
 
 
 def _follow(client: "TuningClient", job_id: str, as_json: bool) -> int:

@@ -11,10 +11,12 @@ from pydantic import Field
 
 from tunesmith.data.fit import Cut, Overlong, fit_encoded
 from tunesmith.data.formats import Row, RowFault
+from tunesmith.data.measure import measure
 from tunesmith.data.render import NOTICES, Encoded, Renderer, TemplateError, TrainOn
 from tunesmith.data.rows import RowIndex
 from tunesmith.errors import ValidationError
 from tunesmith.spec.chat import Message
+from tunesmith.spec.estimate import Measure
 from tunesmith.spec.strict import Sha256, Strict
 
 _BATCH = 256
@@ -50,6 +52,7 @@ class Verdict(Strict):
     fault_count: int = 0
     fault_lines: tuple[int, ...] = ()
     notices: tuple[str, ...] = ()
+    measure: Measure | None = None
     failure: str | None = Field(None, max_length=4000)
     """Why no job can be run on this, in a sentence."""
 
@@ -90,7 +93,8 @@ def check_tokens(
     tally.count(waiting)
     if on_progress:
         on_progress(len(index), len(index))
-    return tally.verdict(len(index))
+    looked = measure(index, renderer, tally.cut)
+    return tally.verdict(len(index)).model_copy(update={"measure": looked})
 
 
 class _Tally:

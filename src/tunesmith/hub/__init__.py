@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tunesmith.data.reading import Reading
 from tunesmith.data.render import Renderer
 from tunesmith.errors import NoSpaceError, NotFoundError, TuningAPIError
-from tunesmith.hub import data, mlflow, names, submit
+from tunesmith.hub import data, forecast, mlflow, names, submit
 from tunesmith.hub.asked import Request
 from tunesmith.hub.bell import Bell
 from tunesmith.hub.checks import Checks
@@ -26,6 +26,7 @@ from tunesmith.hub.duties import Duties
 from tunesmith.hub.engines import Engines
 from tunesmith.hub.folder import ModelFolder, read, stamp_of
 from tunesmith.hub.hands import Hands
+from tunesmith.hub.history import History
 from tunesmith.hub.intake import Intake
 from tunesmith.hub.keys import Keys, worker_token
 from tunesmith.hub.known import Known
@@ -39,6 +40,7 @@ from tunesmith.hub.principal import Principal
 from tunesmith.hub.retention import Retention
 from tunesmith.hub.webhooks import Webhooks
 from tunesmith.settings import Settings
+from tunesmith.spec.estimate import Estimate, Forecast
 from tunesmith.spec.records import Job, JobEvent, JobState, StopMode
 from tunesmith.store import catalog, events, jobs, listing, mirrors, tables
 from tunesmith.store import keys as key_rows
@@ -71,6 +73,7 @@ class Hub:
         self.space = space or _space(settings)
         self.pinned: dict[tuple[str, data.Stamp, Reading], data.Pinned] = {}
         self.known = Known(self)
+        self.history = History(store)
         self.intake = Intake(self)
         self._landing: Landing | None = None
         self.duties = Duties(self)
@@ -188,6 +191,14 @@ class Hub:
         return self.store.read(
             lambda tx: listing.lines(tx, owner=who.scope, wanted=wanted, limit=limit, offset=offset)
         )
+
+    async def estimate(self, asked: Request, who: Principal) -> Estimate:
+        """What the job would take; nothing is submitted. Raises as `submit` does."""
+        return await submit.estimate(self, asked, who)
+
+    def estimate_of(self, job: Job) -> Forecast | None:
+        """What was told beforehand, and what has happened so far."""
+        return forecast.of(self.store, job)
 
     def trouble(self) -> str | None:
         """Why new work can't be taken now; None where it can."""

@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.check import Verdict, check_tokens
+from tunesmith.data.fit import Cut
+from tunesmith.data.measure import measure
 from tunesmith.data.reading import Reading
 from tunesmith.data.render import TrainOn
 from tunesmith.data.rows import RowIndex
 from tunesmith.errors import FailureClass, TuningAPIError
+from tunesmith.hub.data import Pinned
 from tunesmith.hub.downloads import Downloads
+from tunesmith.hub.estimate import foretell
 from tunesmith.hub.folder import ModelFolder, read
+from tunesmith.spec.estimate import Measure
 from tunesmith.spec.records import Job
-from tunesmith.spec.train import Sft, Tuning
+from tunesmith.spec.train import Sft, TrainSpec, Tuning
 from tunesmith.store import catalog, jobs
 from tunesmith.store.tables import UNCHECKED
 
@@ -27,7 +32,10 @@ LOOK_AGAIN_SECONDS = 5.0
 DUTY = "checks"
 AT_ONCE = 4
 """Jobs checked before it is asked again whose duty that is."""
-_TOLD = {"rows", "overlong_count", "overlong_lines", "masked_count", "masked_lines", "notices"}
+_TOLD = {
+    *("rows", "overlong", "overlong_count", "overlong_lines", "masked_count", "masked_lines"),
+    "notices",
+}
 UNASKED = Verdict(rows=0, renderer="0" * 64, max_length=0, overlong="drop", train_on="all")
 """Stands for a data set to pretrain on: every token of it is learnt."""
 
@@ -75,9 +83,7 @@ class Checks:
         try:
             verdicts = await asyncio.to_thread(_verdicts, self._hub, job)
             failure = next((found.failure for found in verdicts if found.failure), None)
-            detail = (
-                {"rows": verdicts[0].rows, "overlong": verdicts[0].overlong} if verdicts else {}
-            )
+            detail = self._detail(job, verdicts[0]) if verdicts else {}
         except (TuningAPIError, OSError) as error:
             failure, detail = str(error), {}
         except Exception as error:  # a check that breaks must not stop the others
@@ -89,10 +95,14 @@ class Checks:
             kind = FailureClass.DATA_ERROR
             await self._hub.write(lambda tx: jobs.fail_queued(tx, job.id, kind, failure or ""))
 
-
-def _told(verdict: Verdict) -> dict[str, Any]:
-    """For the job's event: what will be left out, and where."""
-    return verdict.model_dump(mode="json", include=_TOLD)
+    def _detail(self, job: Job, verdict: Verdict) -> dict[str, Any]:
+        """For its event: what will be left out, and where, and what it will take."""
+        detail = verdict.model_dump(mode="json", include=_TOLD)
+        if verdict.measure is None:
+            return detail
+        history, is_gpu = self._hub.history.recent(), bool(job.needs.gpus)
+        told = foretell(job.spec, read(Path(job.model.path)), verdict.measure, history, is_gpu)
+        return {**detail, "estimate": told.model_dump(mode="json")}
 
 
 def kept(hub: "Hub", spec: Tuning, folder: ModelFolder, sha256: str, digest: str) -> Verdict | None:
@@ -117,6 +127,30 @@ def _verdicts(hub: "Hub", job: Job) -> list[Verdict]:
         hub.store.write(partial(catalog.keep_verdict, key=place, verdict=body)).result()
         found.append(verdict)
     return found
+
+
+def measured(hub: "Hub", spec: TrainSpec, folder: ModelFolder, part: Pinned) -> Measure:
+    """How long the rows are. Kept, since a large file takes a while to open."""
+    renderer, reading = hub.renderer(folder, part.format), Reading.of(spec)
+    sha256 = part.source.sha256
+    place = f"documents:{sha256}:{renderer.digest}{reading.key}"
+    if isinstance(spec, Tuning):
+        place = f"measure:{key(sha256 or '', renderer.digest, spec, folder)}"
+    body = hub.store.read(lambda tx: catalog.find_verdict(tx, place))
+    if body is not None:
+        return Measure.model_validate(body)
+    with RowIndex.open(Path(part.source.path), reading) as index:
+        found = measure(index, renderer, cut_of(spec, folder))
+    told = found.model_dump(mode="json")
+    hub.store.write(lambda tx: catalog.keep_verdict(tx, place, told)).result()
+    return found
+
+
+def cut_of(spec: TrainSpec, folder: ModelFolder) -> Cut | None:
+    """How rows are cut; None where documents are packed."""
+    if not isinstance(spec, Tuning):
+        return None
+    return Cut(max_length(spec, folder), spec.overlong, _train_on(spec))
 
 
 def max_length(spec: Tuning, folder: ModelFolder) -> int:

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import re
 import stat
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,6 +24,7 @@ _INDEX = "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin")
 _CODE = "auto_map"
 _META = "__metadata__"
+_NO_LAYER = re.compile(r"embed|(^|\.)(wte|wpe|lm_head|score|classifier)$")
 _READ = (
     "config.json",
     "adapter_config.json",
@@ -37,6 +40,29 @@ _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequenc
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """A linear layer's weight."""
+
+    module: str
+    rows: int
+    columns: int
+
+    @property
+    def sides(self) -> int:
+        """An adapter has so many numbers for each of its ranks."""
+        return self.rows + self.columns
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What a safetensors file says of itself."""
+
+    parameters: int
+    size_bytes: int
+    matrices: tuple[Matrix, ...]
+
+
+@dataclass(frozen=True)
 class ModelFolder:
     path: Path
     base: Path
@@ -49,12 +75,21 @@ class ModelFolder:
     weight_bytes: int
     has_tokenizer: bool
     has_weights: bool
+    matrices: tuple["Matrix", ...] = ()
+    """Of the base, where a layer multiplies by them."""
+    adapter_parameters: int = 0
+    """0 where it is none."""
     files: tuple[Path, ...] = ()
     """All that is read of it, of the adapter and of the base."""
 
     @property
     def context_length(self) -> int | None:
         return self.size(*_CONTEXT_KEYS) or None
+
+    @property
+    def architectures(self) -> list[object]:
+        told = self.config.get("architectures")
+        return told if isinstance(told, list) else []
 
     @property
     def tokenizer_place(self) -> Path:
@@ -98,16 +133,21 @@ def _read(
     if len(weights) > _MAX_FILES:
         raise BadRequestError(f"{field}: {base.name} has over {_MAX_FILES} parts", param=field)
     _refuse_parts_elsewhere(base, field)
-    sizes = [_count(file, field) for file in weights]
+    parts = [_tensors(file, field) for file in weights]
+    adapter = path / "adapter_model.safetensors"
     return ModelFolder(
         path=path,
         base=base,
         is_adapter=is_adapter,
         config=config,
-        parameters=sum(count for count, _ in sizes),
-        weight_bytes=sum(size for _, size in sizes),
+        parameters=sum(part.parameters for part in parts),
+        weight_bytes=sum(part.size_bytes for part in parts),
         has_tokenizer=any(_has_tokenizer(folder, field) for folder in (path, base)),
         has_weights=bool(weights),
+        matrices=tuple(matrix for part in parts for matrix in part.matrices),
+        adapter_parameters=(
+            _tensors(adapter, field).parameters if is_adapter and adapter.exists() else 0
+        ),
         files=_files(path) + (() if base == path else _files(base)),
     )
 
@@ -196,8 +236,8 @@ def _json(path: Path, field: str, limit: int = _MAX_CONFIG_BYTES) -> dict[str, A
     return found
 
 
-def _count(path: Path, field: str) -> tuple[int, int]:
-    """Parameters and bytes of one safetensors file, from its header alone."""
+def _tensors(path: Path, field: str) -> Tensors:
+    """From a safetensors file's header alone."""
     try:
         size = path.stat().st_size
         if not path.is_file():
@@ -207,7 +247,9 @@ def _count(path: Path, field: str) -> tuple[int, int]:
             if length > min(_MAX_HEADER_BYTES, size):
                 raise ValueError
             header = json.loads(file.read(length))
-        return sum(_elements(entry, size) for name, entry in header.items() if name != _META), size
+        header.pop(_META, None)
+        parameters = sum(_elements(entry, size) for entry in header.values())
+        return Tensors(parameters, size, tuple(_matrices(header)))
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError):
         raise BadRequestError(
             f"{field}: {path.name} is not a safetensors file", param=field
@@ -222,6 +264,14 @@ def _elements(entry: dict[str, Any], size: int) -> int:
     if not 0 <= start <= end <= size or math.prod(shape) > 8 * (end - start):
         raise ValueError
     return math.prod(shape)
+
+
+def _matrices(header: dict[str, Any]) -> Iterator[Matrix]:
+    """But for tables of embeddings and heads, which are no layers that adapters go to."""
+    for name, entry in header.items():
+        module = name.removesuffix(".weight")
+        if len(entry["shape"]) == 2 and module != name and not _NO_LAYER.search(module):
+            yield Matrix(module, *entry["shape"])
 
 
 def stamp_of(folder: Path) -> tuple[object, ...]:

@@ -8,7 +8,7 @@ import asyncio
 import math
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,6 +17,7 @@ from tunesmith.data.check import Verdict
 from tunesmith.data.reading import Reading
 from tunesmith.hub import checks, data
 from tunesmith.hub.data import Pinned
+from tunesmith.hub.estimate import Ran
 from tunesmith.hub.folder import read
 from tunesmith.hub.names import FoundModel, find_base, find_data
 from tunesmith.hub.principal import Principal
@@ -46,6 +47,8 @@ class Look(Protocol):
     def verdict(self, spec: TrainSpec, model: FoundModel, part: Pinned) -> Verdict | None: ...
 
     def workers(self) -> Collection[Capacity]: ...
+
+    def history(self) -> Sequence[Ran]: ...
 
     def free_bytes(self) -> int:
         """On the workspace's disk. Raises NoSpaceError where no new work is taken."""
@@ -108,6 +111,12 @@ class Known:
     def workers(self) -> Collection[Capacity]:
         at, known = self._workers
         if time.monotonic() - at > WORKERS_SECONDS:
+            raise Unknown
+        return known
+
+    def history(self) -> Sequence[Ran]:
+        known = self._hub.history.fresh()
+        if known is None:
             raise Unknown
         return known
 
@@ -208,7 +217,8 @@ class Lookup:
 
     def verdict(self, spec: TrainSpec, model: FoundModel, part: Pinned) -> Verdict | None:
         if not isinstance(spec, Tuning):
-            return checks.UNASKED
+            looked = checks.measured(self._hub, spec, model.folder, part)
+            return checks.UNASKED.model_copy(update={"measure": looked})
         digest = self._hub.renderer(model.folder, part.format).digest
         assert part.source.sha256
         found = checks.kept(self._hub, spec, model.folder, part.source.sha256, digest)
@@ -220,6 +230,9 @@ class Lookup:
         known = self._hub.store.read(claims.known_workers).values()
         self._hub.known.keep_workers(known)
         return known
+
+    def history(self) -> Sequence[Ran]:
+        return self._hub.history.recent()
 
     def free_bytes(self) -> int:
         return _free_bytes(self._hub)

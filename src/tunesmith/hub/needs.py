@@ -1,8 +1,8 @@
 """How much memory and disk a job will want: estimates for admission, on the careful side."""
 
-from tunesmith.hub.folder import ModelFolder
+from tunesmith.hub.folder import Matrix, ModelFolder
 from tunesmith.spec.records import Needs
-from tunesmith.spec.train import Pretrain, TrainSpec
+from tunesmith.spec.train import Lora, Pretrain, Reward, TrainSpec
 
 PROCESS_BYTES = 400 << 20
 """A trainer with torch and transformers imported, much of it shared with its fork's parent."""
@@ -14,9 +14,7 @@ MICRO_BATCH_TOKENS = 2048
 
 def of(spec: TrainSpec, model: ModelFolder, has_gpu: bool = False) -> Needs:
     """Weights, gradients and optimizer state in fp32, activations of one micro-batch, logits."""
-    parameters = _parameters(spec, model)
-    trained = _trained(spec, parameters, model)
-    weights = 4 * parameters + 12 * trained
+    weights = 4 * parameters(spec, model) + 12 * trained(spec, model)
     each = PROCESS_BYTES + weights + _activations(spec, model)
     return Needs(
         gpus=spec.run.devices if has_gpu else 0,
@@ -26,29 +24,63 @@ def of(spec: TrainSpec, model: ModelFolder, has_gpu: bool = False) -> Needs:
 
 def disk_bytes(spec: TrainSpec, model: ModelFolder) -> int:
     """Checkpoints that are kept, one being written, and the artifact."""
-    parameters = _parameters(spec, model)
-    trained = _trained(spec, parameters, model)
-    return (spec.run.keep_checkpoints + 1) * 12 * trained + 4 * trained + (16 << 20)
+    kept = (spec.run.keep_checkpoints + 1) * checkpoint_bytes(spec, model)
+    return kept + 4 * trained(spec, model) + (16 << 20)
 
 
-def _trained(spec: TrainSpec, parameters: int, model: ModelFolder) -> int:
+def checkpoint_bytes(spec: TrainSpec, model: ModelFolder) -> int:
+    """Weights in training, and the two moments that the optimizer keeps of each, in fp32."""
+    return 12 * trained(spec, model)
+
+
+def trained(spec: TrainSpec, model: ModelFolder) -> int:
+    """Parameters in training: counted where the folder's weights tell, else estimated."""
     lora = None if isinstance(spec, Pretrain) else spec.lora
     if lora is None:
-        return parameters
+        return parameters(spec, model)
+    head = _score(spec, model)
+    if model.adapter_parameters:
+        return model.adapter_parameters + head
+    if model.matrices:
+        sides = sum(one.sides for one in model.matrices if _is_target(one, lora))
+        return lora.rank * sides + head
     width = model.size("hidden_size", "n_embd") or 1024
     inner = model.size("intermediate_size", "n_inner") or 4 * width
     layers = model.size("num_hidden_layers", "n_layer") or 12
     return int(layers * lora.rank * (8 * width + 3 * (width + inner)))
 
 
-def _parameters(spec: TrainSpec, model: ModelFolder) -> int:
+def parameters(spec: TrainSpec, model: ModelFolder) -> int:
+    """Of the whole model."""
     if model.parameters and not (isinstance(spec, Pretrain) and spec.from_scratch):
-        return model.parameters
+        return model.parameters + _score(spec, model)
     width = model.size("hidden_size", "n_embd") or 1024
     inner = model.size("intermediate_size", "n_inner") or 4 * width
     layers = model.size("num_hidden_layers", "n_layer") or 12
     vocabulary = model.size("vocab_size") or 50_000
-    return layers * (4 * width * width + 3 * width * inner) + 2 * vocabulary * width
+    tables = 1 if model.config.get("tie_word_embeddings") else 2
+    return layers * (_attention(model, width) + 3 * width * inner) + tables * vocabulary * width
+
+
+def _score(spec: TrainSpec, model: ModelFolder) -> int:
+    """A reward model's head, where it is new; a head of the model's own is taken off."""
+    is_scoring = any("SequenceClassification" in str(one) for one in model.architectures)
+    return model.size("hidden_size", "n_embd") if isinstance(spec, Reward) and not is_scoring else 0
+
+
+def _attention(model: ModelFolder, width: int) -> int:
+    """Of one layer: queries and the way out are as wide as the heads, keys and values may be
+    narrower."""
+    heads = model.size("num_attention_heads", "n_head") or 1
+    head = model.size("head_dim") or width // heads
+    shared = model.size("num_key_value_heads") or heads
+    return 2 * width * head * (heads + shared)
+
+
+def _is_target(matrix: Matrix, lora: Lora) -> bool:
+    if lora.targets == "all-linear":
+        return True
+    return any(f".{matrix.module}".endswith(f".{target}") for target in lora.targets)
 
 
 def _activations(spec: TrainSpec, model: ModelFolder) -> int:

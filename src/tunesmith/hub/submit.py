@@ -17,14 +17,16 @@ from tunesmith.errors import (
     TuningAPIError,
     ValidationError,
 )
-from tunesmith.hub import needs, output
+from tunesmith.hub import checks, needs, output
 from tunesmith.hub.asked import Request
 from tunesmith.hub.data import Pinned
+from tunesmith.hub.estimate import foretell
 from tunesmith.hub.intake import Key, Submission
 from tunesmith.hub.known import Look, Lookup, Unknown
 from tunesmith.hub.names import FoundModel
 from tunesmith.hub.principal import Principal
 from tunesmith.manifest import BrokenManifest, verify
+from tunesmith.spec.estimate import Estimate
 from tunesmith.spec.hands import Capacity
 from tunesmith.spec.records import Job, Needs, NewJob, Source
 from tunesmith.spec.train import Pretrain, TrainSpec
@@ -48,6 +50,28 @@ async def submit(hub: "Hub", asked: Request, who: Principal) -> Job:
         if replayed is None:
             raise
         return replayed
+
+
+async def estimate(hub: "Hub", asked: Request, who: Principal) -> Estimate:
+    """What the job would take. Raises as `submit` does, but for what only a submission needs."""
+    return await asyncio.to_thread(_estimate, hub, asked, who)
+
+
+def _estimate(hub: "Hub", asked: Request, who: Principal) -> Estimate:
+    spec, look = asked.spec, Lookup(hub)
+    model = look.base(spec.model, who, asked.name("model"))
+    _refuse_model(model, asked)
+    if not model.is_here:
+        name = asked.name("model")
+        raise BadRequestError(
+            f"{name}: {model.name!r} is not here yet; the first job that wants it downloads it",
+            param=name,
+        )
+    part = look.pinned(spec.dataset, who, asked.name("dataset"), Reading.of(spec))
+    _refuse_unsuited(part, asked, "dataset")
+    is_gpu = _has_gpu(spec, look.workers())
+    looked = checks.measured(hub, spec, model.folder, part)
+    return foretell(spec, model.folder, looked, look.history(), is_gpu)
 
 
 async def _submit(hub: "Hub", asked: Request, who: Principal) -> Job:
@@ -84,13 +108,14 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
     output_dir = None if asked.output_dir is None else output.find(hub, asked, model.folder)
     _refuse_full_disk(spec, model, free_bytes)
     workers = look.workers()
-    wanted = needs.of(spec, model.folder, _has_gpu(spec, workers))
+    wanted = needs.of(spec, model.folder, _has_gpu(workers))
     _refuse_unfit(wanted, workers)
     parts = [training] if evaluation is None else [training, evaluation]
     verdicts = [look.verdict(spec, model, part) for part in parts if model.is_here]
     for verdict in verdicts:
         if verdict is not None and verdict.failure:
             raise ValidationError(verdict.failure, param=asked.name("dataset"))
+    looked = verdicts[0].measure if verdicts and verdicts[0] is not None else None
     return NewJob(
         owner=who.owner,
         spec=spec,
@@ -104,6 +129,11 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
         request=asked.request,
         label=asked.label,
         resume_from=_checkpoint(hub, asked),
+        estimate=(
+            None
+            if looked is None
+            else foretell(spec, model.folder, looked, look.history(), bool(wanted.gpus))
+        ),
     )
 
 
@@ -160,10 +190,9 @@ def _refuse_unfit(wanted: Needs, workers: Collection[Capacity]) -> None:
         )
 
 
-def _has_gpu(spec: TrainSpec, workers: Collection[Capacity]) -> bool:
-    """A GPU is asked for where a worker has one, and where the request cannot do without."""
-    needs_one = spec.run.quantization is not None and spec.run.must_quantize
-    return needs_one or any(one.max_gpus for one in workers)
+def _has_gpu(workers: Collection[Capacity]) -> bool:
+    """A GPU is asked for where a worker has one; every request can do without."""
+    return any(one.max_gpus for one in workers)
 
 
 def _replay(hub: "Hub", asked: Request, who: Principal) -> Job | None:

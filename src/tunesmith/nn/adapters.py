@@ -17,7 +17,7 @@ from tunesmith.spec.train import Lora
 PREFIX = "base_model.model."
 SCORE_MODULES = ["score"]
 """What a reward model's adapter trains whole."""
-_NEUTRAL = {"bias": "none", "init_lora_weights": True, "use_rslora": True}
+_NEUTRAL = {"bias": "none", "init_lora_weights": True, "use_rslora": True, "use_dora": True}
 """Values beside the empty ones that our layers honour."""
 _IGNORED = {
     "peft_type",
@@ -61,13 +61,14 @@ def plan_new(lora: Lora, folder: ModelFolder, modules: list[str], transposed: bo
         "r": lora.rank,
         "lora_alpha": _whole(lora.alpha),
         "lora_dropout": lora.dropout,
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
         "target_modules": targets,
         "fan_in_fan_out": transposed,
         "base_model_name_or_path": folder.base_given,
     }
-    return AdapterPlan(
-        wanted, AdapterShape(lora.rank, lora.alpha / lora.rank, lora.dropout), config
-    )
+    scale = _scale(lora.rank, lora.alpha, lora.use_rslora)
+    return AdapterPlan(wanted, AdapterShape(lora.rank, scale, lora.dropout, lora.use_dora), config)
 
 
 def plan_known(
@@ -86,9 +87,11 @@ def plan_known(
     if odd or not isinstance(targets, list):
         return None
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    shape = AdapterShape(rank, scale, float(config.get("lora_dropout") or 0))
-    kept = {name: config.get(name) for name in ("use_rslora", "fan_in_fan_out", "target_modules")}
+    scale = _scale(rank, alpha, bool(config.get("use_rslora")))
+    dropout, has_magnitudes = float(config.get("lora_dropout") or 0), bool(config.get("use_dora"))
+    shape = AdapterShape(rank, scale, dropout, has_magnitudes)
+    as_they_are = ("use_rslora", "use_dora", "fan_in_fan_out", "target_modules")
+    kept = {name: config.get(name) for name in as_they_are}
     kept |= {name: config[name] for name in ("r", "lora_alpha", "base_model_name_or_path")}
     kept["lora_dropout"] = shape.dropout
     return AdapterPlan(matching(modules, targets), shape, kept)
@@ -137,6 +140,11 @@ def check_fit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], folde
     foreign = sorted(found.keys() - expected.keys())
     if foreign:
         raise refuse(f"{folder}: the adapter has {foreign[0]}, which this model has not")
+
+
+def _scale(rank: int, alpha: float, is_steady: bool) -> float:
+    """`is_steady`: rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732, section 3)."""
+    return alpha / math.sqrt(rank) if is_steady else alpha / rank
 
 
 def _whole(number: float) -> float | int:

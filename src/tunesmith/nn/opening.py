@@ -2,7 +2,6 @@
 
 import warnings
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -187,11 +186,6 @@ def _dtype(opening: Opening) -> torch.dtype:
     return torch.bfloat16 if is_halved else torch.float32
 
 
-def can_quantize(device: str) -> bool:
-    """Whether quantized weights can be opened there."""
-    return device.startswith("cuda") and find_spec("bitsandbytes") is not None
-
-
 def _quantization(opening: Opening) -> Any:
     if opening.quantization is None:
         return None
@@ -207,7 +201,10 @@ def _quantization(opening: Opening) -> Any:
     if opening.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_dtype(opening),
     )
 
 
@@ -231,6 +228,8 @@ def _with_new_adapter(model: Any, folder: ModelFolder, opening: Opening, task: s
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
         target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
         fan_in_fan_out=_has_transposed_layers(model),
         task_type=task,

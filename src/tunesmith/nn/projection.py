@@ -30,12 +30,16 @@ class AdapterShape:
     rank: int
     scale: float
     dropout: float
+    has_magnitudes: bool = False
+    """DoRA (Liu et al. 2024, arXiv:2402.09353): the length of each output's weights is trained by
+    itself, and the low-rank product turns their direction only."""
 
 
 @dataclass(frozen=True)
 class Adapter:
     down_RH: nn.Parameter
     up_NR: nn.Parameter
+    magnitude_N: nn.Parameter | None = None
 
 
 class Projection:
@@ -57,6 +61,7 @@ class Projection:
         self.bias_N = nn.Parameter(torch.cat(biases).float()) if biases else None
         self.adapters: dict[int, Adapter] = {}
         self._shape = AdapterShape(1, 1.0, 0.0)
+        self._squared: dict[int, Tensor] = {}
 
     def __call__(
         self,
@@ -72,10 +77,17 @@ class Projection:
         if adapters is None:
             return linear(x_TH, weight_NH, bias_N, plus_TN)
         down_RH, up_NR = adapters
-        if not (is_training and self._shape.dropout):
+        thinned_TH = None
+        if is_training and self._shape.dropout:
+            thinned_TH = F.dropout(x_TH, self._shape.dropout)
+        if self._shape.has_magnitudes:
+            ratio_N = self._ratios(parts)
+            return _decomposed(
+                x_TH, thinned_TH, (weight_NH, bias_N, down_RH, up_NR), ratio_N, plus_TN
+            )
+        if thinned_TH is None:
             return adapted_linear(x_TH, weight_NH, bias_N, down_RH, up_NR, plus_TN)
         frozen_TN = linear(x_TH, weight_NH, bias_N, plus_TN)
-        thinned_TH = F.dropout(x_TH, self._shape.dropout)
         return linear(linear(thinned_TH, down_RH, None, None), up_NR, None, frozen_TN)
 
     def adapt(self, modules: frozenset[str], shape: AdapterShape) -> None:
@@ -87,7 +99,12 @@ class Projection:
                 down_RH = torch.empty(shape.rank, self.weight_NH.shape[1])
                 nn.init.kaiming_uniform_(down_RH, a=math.sqrt(5))
                 up_NR = torch.zeros(part.outputs, shape.rank)
-                self.adapters[place] = Adapter(nn.Parameter(down_RH), nn.Parameter(up_NR))
+                magnitude_N = self._lengths(place) if shape.has_magnitudes else None
+                self.adapters[place] = Adapter(
+                    nn.Parameter(down_RH),
+                    nn.Parameter(up_NR),
+                    None if magnitude_N is None else nn.Parameter(magnitude_N),
+                )
 
     def freeze(self) -> None:
         self.weight_NH.requires_grad_(False)
@@ -98,8 +115,12 @@ class Projection:
         """Add the adapters to the weights, drop them, and train the weights."""
         with torch.no_grad():
             for place, adapter in self.adapters.items():
-                delta_NH = adapter.up_NR @ adapter.down_RH * self._shape.scale
-                self.weight_NH[self._rows(slice(place, place + 1))] += delta_NH
+                part = slice(place, place + 1)
+                ratio_N = self._ratios(part) if self._shape.has_magnitudes else None
+                rows_NH = self.weight_NH[self._rows(part)]
+                rows_NH += adapter.up_NR @ adapter.down_RH * self._shape.scale
+                if ratio_N is not None:
+                    rows_NH *= ratio_N[:, None]
         self.adapters = {}
         self.weight_NH.requires_grad_(True)
         if self.bias_N is not None:
@@ -114,6 +135,8 @@ class Projection:
         for place, adapter in self.adapters.items():
             yield f"{self.parts[place].module}.lora_A.weight", adapter.down_RH
             yield f"{self.parts[place].module}.lora_B.weight", adapter.up_NR
+            if adapter.magnitude_N is not None:
+                yield f"{self.parts[place].module}.lora_magnitude_vector", adapter.magnitude_N
 
     def published(self) -> Iterator[tuple[str, Tensor]]:
         """Views of the weights under the model's own names."""
@@ -150,6 +173,61 @@ class Projection:
         ]
         up_NR = torch.block_diag(*blocks) if len(blocks) > 1 else blocks[0]  # type: ignore[no-untyped-call]
         return down_RH, up_NR * self._shape.scale
+
+    def _ratios(self, parts: slice) -> Tensor:
+        """By what each output is to be multiplied; 1 where no adapter is.
+
+        The length that is divided by counts as a constant, as the paper (section 4.3) has it.
+        """
+        found = []
+        for place in range(*parts.indices(len(self.parts))):
+            adapter = self.adapters.get(place)
+            if adapter is None or adapter.magnitude_N is None:
+                found.append(self.weight_NH.new_ones(self.parts[place].outputs))
+            else:
+                found.append(adapter.magnitude_N / self._lengths(place, adapter))
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+    @torch.no_grad()
+    def _lengths(self, place: int, adapter: Adapter | None = None) -> Tensor:
+        """Of each output's weights (N,), an adapter's product added: |w + b A|, squared out, since
+        the sum itself would take as much memory as the weights."""
+        weight_NH = self.weight_NH[self._rows(slice(place, place + 1))]
+        squares_N = self._squares(place, weight_NH)
+        if adapter is not None:
+            up_NR, down_RH = adapter.up_NR * self._shape.scale, adapter.down_RH
+            cross_NR = 2 * (weight_NH @ down_RH.t()) + up_NR @ (down_RH @ down_RH.t())
+            squares_N = squares_N + (cross_NR * up_NR).sum(1)
+        return squares_N.clamp(min=0).sqrt()
+
+    def _squares(self, place: int, weight_NH: Tensor) -> Tensor:
+        """Of frozen weights: worked out once."""
+        if place not in self._squared:
+            self._squared[place] = torch.linalg.vector_norm(weight_NH, dim=1).square()
+        return self._squared[place]
+
+
+def _decomposed(
+    x_TH: Tensor,
+    thinned_TH: Tensor | None,
+    weights: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    ratio_N: Tensor,
+    plus_TN: Tensor | None,
+) -> Tensor:
+    """ratio * (x @ weight.T + x @ down.T @ up.T) + bias + plus; see `adapted_linear`.
+
+    With dropout, what the adapter changes is worked out of the thinned inputs, as PEFT has it:
+    (ratio - 1) of the frozen product, and the low-rank one.
+    """
+    weight_NH, bias_N, down_RH, up_NR = weights
+    if thinned_TH is None:
+        out_TN = adapted_linear(x_TH, weight_NH, None, down_RH, up_NR, None) * ratio_N
+    else:
+        low_TN = linear(linear(thinned_TH, down_RH, None, None), up_NR, None, None) * ratio_N
+        thinned_TN = linear(thinned_TH, weight_NH, None, None) * (ratio_N - 1)
+        out_TN = linear(x_TH, weight_NH, None, low_TN + thinned_TN)
+    out_TN = out_TN if bias_N is None else out_TN + bias_N
+    return out_TN if plus_TN is None else out_TN + plus_TN
 
 
 def _last(module: str) -> str:

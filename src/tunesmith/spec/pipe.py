@@ -61,6 +61,8 @@ class TrainerTask(Strict):
     """A verified checkpoint folder, maybe of an earlier attempt."""
     plan: Plan | None = None
     """None at the first attempt by hand: the trainer chooses and says so in `started`."""
+    is_probe: bool = False
+    """Say what a step on the longest samples takes, and stop before the first update."""
 
 
 class Started(Strict):
@@ -75,6 +77,18 @@ class Started(Strict):
     parameters: int
     trainable_parameters: int
     detail: dict[str, Any] = {}
+
+
+class Probed(Strict):
+    """A step on the longest samples, before the first one that counts."""
+
+    type: Literal["probed"] = "probed"
+    samples: int
+    tokens: int
+    """Of all of them."""
+    seconds: float
+    peak_memory_bytes: int
+    """With what the optimizer sets aside at the first update."""
 
 
 class Step(Strict):
@@ -148,6 +162,6 @@ class Failed(Strict):
 
 
 TrainerEvent = Annotated[
-    Started | Step | Evaluated | Checkpointed | Notice | Finished | Stopped | Failed,
+    Started | Probed | Step | Evaluated | Checkpointed | Notice | Finished | Stopped | Failed,
     Field(discriminator="type"),
 ]

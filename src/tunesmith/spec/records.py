@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tunesmith.errors import FailureClass
+from tunesmith.spec.estimate import Estimate
 from tunesmith.spec.pipe import Plan
 from tunesmith.spec.strict import JobId, Sha256, Strict
 from tunesmith.spec.train import TrainSpec
@@ -74,6 +75,8 @@ class NewJob(Strict):
     retry_of: JobId | None = None
     resume_from: str | None = None
     """A checkpoint folder to start from, absolute."""
+    estimate: Estimate | None = None
+    """Kept in the first event."""
 
 
 class Job(Strict):

@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
+from tunesmith.spec.rewards import RewardSource
 from tunesmith.spec.strict import Name, Strict
 
 MAX_LENGTH_LIMIT = 1 << 20
@@ -36,6 +37,12 @@ class Lora(Strict):
     rank: int = Field(8, ge=1, le=1024)
     alpha: float = Field(16, gt=0, le=65536)
     """The adapter's output is scaled by alpha / rank."""
+    use_rslora: bool = False
+    """Scaled by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732): a high rank then
+    learns as fast as a low one."""
+    use_dora: bool = False
+    """The lengths of the weights are trained apart from their directions (Liu et al. 2024,
+    arXiv:2402.09353)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: Literal["all-linear"] | Annotated[tuple[Target, ...], Field(max_length=256)] = (
         "all-linear"
@@ -75,10 +82,12 @@ class Run(Strict):
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """auto: only where memory does not suffice."""
     quantization: Literal["4bit", "8bit"] | None = None
-    must_quantize: bool = True
-    """False: without a GPU, or without bitsandbytes, full precision and a warning will do."""
+    """Of frozen weights, on a GPU, through bitsandbytes: 4bit is NF4 (Dettmers et al. 2023,
+    arXiv:2305.14314, section 3). On a CPU the weights stay as they are, with a warning."""
     devices: int = Field(1, ge=1, le=1024)
     """GPUs that share each step, or processes on a CPU: data parallel, under torchrun."""
+    probe: bool = False
+    """Make a step on the longest samples first, so that memory that does not suffice shows then."""
     logging_steps: int = Field(1, ge=1, le=1_000_000)
     save_steps: int | None = Field(None, ge=1, le=100_000_000)
     save_seconds: float = Field(60, gt=0, le=86_400)
@@ -258,6 +267,128 @@ class Pretrain(Data):
     sequence_length: int = Field(256, ge=8, le=MAX_LENGTH_LIMIT)
     optim: Optim = Optim(learning_rate=1e-3, epochs=1, batch_size=8)
     run: Run = Run()
+
+
+class ReinforcingOptim(Optim):
+    """A sample is a completion: `batch_size` of them make an update, or a part of one."""
+
+    learning_rate: float = Field(1e-6, gt=0, le=10)
+    epochs: float = Field(1, gt=0, le=10_000)
+    """Over the prompts."""
+    batch_size: int = Field(64, ge=1, le=65_536)
+
+
+class PpoOptim(ReinforcingOptim):
+    learning_rate: float = Field(3e-6, gt=0, le=10)
+    batch_size: int = Field(16, ge=1, le=65_536)
+
+
+class Reinforcing(Tuning):
+    """Methods that learn from completions of their own, which are rewarded. In rounds: completions
+    are drawn, rewarded, and learnt from in one or more updates. Dropout is off."""
+
+    usual_beta: ClassVar[float] = 0.05
+    num_generations: int = Field(1, ge=1, le=1024)
+    """Completions of each prompt."""
+    rewards: Annotated[tuple[RewardSource, ...], Field(min_length=1, max_length=16)]
+    """Their weighed sum is what is to grow."""
+    rollout_batch_size: int = Field(8, ge=1, le=65_536)
+    """Prompts of a round, on each device."""
+    update_epochs: int = Field(1, ge=1, le=1000)
+    """How often each completion of a round is learnt from."""
+    max_completion_length: int = Field(512, ge=1, le=MAX_LENGTH_LIMIT)
+    """Tokens. `max_length` holds prompt and completion: longer prompts are `overlong`, and where
+    cut lose their beginning."""
+    temperature: float = Field(1.0, gt=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, le=1 << 20)
+    """0 keeps all."""
+    epsilon: float = Field(0.2, gt=0, le=10)
+    """How far from 1 the ratio of new to old probability may go before its gain is clipped."""
+    beta: float | None = Field(None, ge=0, le=1000)
+    """What a nat of divergence from the model as it was opened costs. None: 0.05; with grpo 0, or
+    0.05 with a `kl_target`."""
+    kl_target: float | None = Field(None, gt=0, le=1000)
+    """Nats a token; where given, `beta` is adapted after each round to hold the divergence there
+    (Ziegler et al. 2019, arXiv:1909.08593, section 2.2)."""
+    kl_gain: float = Field(0.1, gt=0, le=5)
+    """How fast `beta` follows; K in the paper."""
+    mask_truncated: bool = False
+    """Learn nothing from completions that were cut off at `max_completion_length`."""
+    optim: ReinforcingOptim = ReinforcingOptim()
+
+    @property
+    def first_beta(self) -> float:
+        if self.beta is not None:
+            return self.beta
+        return self.usual_beta or (0.05 if self.kl_target is not None else 0.0)
+
+    @model_validator(mode="after")
+    def _check_room(self) -> "Reinforcing":
+        if self.max_completion_length >= self.max_length:
+            raise ValueError(
+                f"max_length {self.max_length} holds prompt and completion: it has to be above "
+                f"max_completion_length {self.max_completion_length}"
+            )
+        if self.kl_target is not None and self.beta == 0:
+            raise ValueError("kl_target adapts beta, which then has to start above 0")
+        return self
+
+
+class Grouped(Reinforcing):
+    """Methods that compare the completions of one prompt."""
+
+    num_generations: int = Field(8, ge=2, le=1024)
+
+
+class Grpo(Grouped):
+    """Group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300)."""
+
+    usual_beta: ClassVar[float] = 0.0
+    method: Literal["grpo"] = "grpo"
+    loss: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
+    """What a token weighs. dapo: each the same (Yu et al. 2025, arXiv:2503.14476, section 3.3);
+    grpo: each completion the same; dr_grpo: each the same, over a constant number of tokens
+    (Liu et al. 2025, arXiv:2503.20783, section 3.2)."""
+    scale_rewards: Literal["group", "batch", "none"] | None = None
+    """Whose standard deviation advantages are divided by. None: `none` with dr_grpo, else `group`."""
+    epsilon_high: float | None = Field(None, gt=0, le=10)
+    """Upper bound apart from `epsilon`, such as 0.28 (DAPO, section 3.1)."""
+    drop_even_groups: bool = False
+    """Leave out prompts whose completions all have the same reward (DAPO, section 3.2)."""
+
+    @property
+    def scale(self) -> Literal["group", "batch", "none"]:
+        if self.scale_rewards is not None:
+            return self.scale_rewards
+        return "none" if self.loss == "dr_grpo" else "group"
+
+
+class Rloo(Grouped):
+    """REINFORCE with the other completions of a prompt as a baseline (Ahmadian et al. 2024,
+    arXiv:2402.14740)."""
+
+    method: Literal["rloo"] = "rloo"
+    num_generations: int = Field(2, ge=2, le=1024)
+    normalise_advantages: bool = False
+
+
+class Ppo(Reinforcing):
+    """Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347), with a value head on
+    the policy's own last layer."""
+
+    method: Literal["ppo"] = "ppo"
+    rollout_batch_size: int = Field(64, ge=1, le=65_536)
+    update_epochs: int = Field(4, ge=1, le=1000)
+    gamma: float = Field(1.0, ge=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    """Of generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438)."""
+    value_weight: float = Field(0.1, ge=0, le=1000)
+    """Of the value's loss beside the policy's."""
+    value_epsilon: float = Field(0.2, gt=0, le=1e6)
+    """How far a value may go from what it was before its gain is clipped."""
+    whiten_rewards: bool = False
+    optim: PpoOptim = PpoOptim()
 
 
 AnySpec = Sft | Pretrain | Preference | Kto | Orpo | Cpo | Simpo | Reward

@@ -3,13 +3,15 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.engine import Connection, RowMapping
 
 from tunesmith.errors import NotFoundError
 from tunesmith.spec.records import JobState
 from tunesmith.store.tables import events, jobs
 
+Told = tuple[str, dict[str, Any]]
+"""An event's type and data."""
 AT_ONCE = 500
 """Jobs in one question."""
 _FINAL = {state.value for state in JobState if state.is_final}
@@ -36,6 +38,18 @@ def heads(tx: Connection, job_ids: Sequence[str]) -> dict[str, tuple[int, bool]]
         query = select(jobs.c.id, jobs.c.last_seq, jobs.c.state).where(jobs.c.id.in_(part))
         found |= {row[0]: (row[1], row[2] in _FINAL) for row in tx.execute(query)}
     return found
+
+
+def told(tx: Connection, job_id: str, types: Sequence[str], within: int) -> list[Told]:
+    """Events of these types among the first `within` numbers and the last ones, in order."""
+    last = select(jobs.c.last_seq).where(jobs.c.id == job_id).scalar_subquery()
+    query = (
+        select(events.c.type, events.c.data)
+        .where(events.c.job_id == job_id, events.c.type.in_(types))
+        .where(or_(events.c.seq <= within, events.c.seq > last - within))
+        .order_by(events.c.seq)
+    )
+    return [(row[0], row[1]) for row in tx.execute(query)]
 
 
 def standing(tx: Connection, job_id: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 import msgspec
-from sqlalchemy import bindparam, func, or_, select, text, update
+from sqlalchemy import bindparam, func, or_, select, update
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
@@ -107,9 +107,15 @@ def _row(new: NewJob, at: float, outputs_root: str | PathLike[str]) -> dict[str,
         "label": None if new.label is None else rows.clean(new.label),
         "retry_of": new.retry_of,
         "resume_from": new.resume_from,
+        "told": _told(new),
         "created_at": at,
         "not_before": at,
     }
+
+
+def _told(new: NewJob) -> str:
+    """The first event's data."""
+    return "{}" if new.estimate is None else f'{{"estimate":{new.estimate.model_dump_json()}}}'
 
 
 def _add(dialect: str) -> Any:
@@ -119,8 +125,12 @@ def _add(dialect: str) -> Any:
 
 
 def _add_first_event(dialect: str) -> Any:
-    own = {"job_id": bindparam("id"), "at": bindparam("created_at", type_=events.c.at.type)}
-    fixed = {"seq": 1, "fence": 0, "type": "queued", "data": text("'{}'")}
+    own = {
+        "job_id": bindparam("id"),
+        "at": bindparam("created_at", type_=events.c.at.type),
+        "data": bindparam("told", type_=events.c.data.type),
+    }
+    fixed = {"seq": 1, "fence": 0, "type": "queued"}
     return insert(dialect, events).values(**own, **fixed)
 
 

@@ -16,8 +16,8 @@ from tunesmith.data.rows import RowFault, RowIndex
 from tunesmith.data.suited import refuse_unsuited
 from tunesmith.errors import FailureClass, JobFailure, ValidationError
 from tunesmith.nn.language import Model, open_scorer, open_with
-from tunesmith.nn.opening import Opening, can_quantize
-from tunesmith.spec.pipe import Finished, Notice, Plan, Started, Stopped, TrainerTask
+from tunesmith.nn.opening import Opening
+from tunesmith.spec.pipe import Finished, Notice, Plan, Probed, Started, Stopped, TrainerTask
 from tunesmith.spec.train import AnySpec, Lora, Pretrain, Reward, Sft
 from tunesmith.train import artifact, checkpoint, plan, randomness, space
 from tunesmith.train.batches import Feed, Interrupted
@@ -29,6 +29,7 @@ from tunesmith.train.naming import name_base
 from tunesmith.train.objective import Ground
 from tunesmith.train.omissions import Omissions
 from tunesmith.train.parallel import Group
+from tunesmith.train.probe import probe
 from tunesmith.train.process import Asks
 from tunesmith.train.report import Report
 from tunesmith.train.source import RowSource, read_row
@@ -83,6 +84,11 @@ class Job:
             method, evaluation = self._methods(opened, saved)
         except Interrupted:
             self._report.send(Stopped(step=saved.state["counts"]["step"] if saved else 0))
+            return
+        if self._task.is_probe or self._spec.run.probe:
+            self._report.send(self._probe(opened, method))
+        if self._task.is_probe:
+            self._report.send(Stopped(step=0))
             return
         loop = self._loop(opened, method, evaluation)
         if not self._group.is_first:  # another dropout than rank 0's
@@ -152,13 +158,14 @@ class Job:
         )
 
     def _quantization(self) -> Literal["4bit", "8bit"] | None:
-        run = self._spec.run
-        if run.quantization is None or run.must_quantize or can_quantize(self._plan.device):
-            return run.quantization
+        """As asked for on a GPU; on a CPU the weights stay as they are, and that is said."""
+        asked = self._spec.run.quantization
+        if asked is None or self._plan.device.startswith("cuda"):
+            return asked
         self._notice(
-            "not_quantized",
-            f"{run.quantization} weights want a GPU and the package bitsandbytes: the base stays "
-            "in full precision",
+            "quantization_off",
+            f"{asked} weights need a GPU, and this job runs on the CPU: the weights are kept in "
+            "full precision, which takes more memory and loses nothing",
         )
         return None
 
@@ -218,9 +225,17 @@ class Job:
         message = f"measured what the model says before it is trained: {done} of {steps} steps"
         self._report.send(Notice(level="info", code="reference", message=message))
 
-    def _loop(self, opened: Opened, method: Method, evaluation: Method | None) -> Loop:
+    @property
+    def _samples_a_step(self) -> int:
         optim = self._spec.optim
-        samples = optim.batch_size * optim.gradient_accumulation_steps * self._group.size
+        return optim.batch_size * optim.gradient_accumulation_steps * self._group.size
+
+    def _probe(self, opened: Opened, method: Method) -> Probed:
+        samples = self._samples_a_step
+        return probe(opened.model, method.source, method.objective, self._plan, samples)
+
+    def _loop(self, opened: Opened, method: Method, evaluation: Method | None) -> Loop:
+        samples = self._samples_a_step
         held_out = None
         if evaluation is not None:
             source = evaluation.source

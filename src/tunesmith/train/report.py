@@ -11,6 +11,7 @@ from tunesmith.spec.pipe import (
     Failed,
     Finished,
     Notice,
+    Probed,
     Started,
     Step,
     Stopped,
@@ -52,6 +53,10 @@ def line_of(event: TrainerEvent) -> str:
                 f"started: {event.trainable_parameters:,} of {event.parameters:,} parameters, "
                 f"{event.total_steps} steps, from step {event.start_step}, {event.plan!r}"
             )
+        case Probed():
+            size = f"{event.samples:,} samples, {event.tokens:,} tokens"
+            memory = f"{event.peak_memory_bytes:,} bytes"
+            return f"probed: a step of {size} takes {event.seconds:.3g} s and up to {memory}"
         case Evaluated():
             metrics = ", ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
             return f"step {event.step}: {metrics}"

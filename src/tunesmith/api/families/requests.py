@@ -78,13 +78,29 @@ class TuningRequest(BaseModel):
     lora_r: int = Field(8, ge=1, le=1024, description="the adapters' rank")
     lora_alpha: float = Field(16, gt=0, le=65_536, description="adapters are scaled by alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="before the adapters")
+    use_rslora: bool = Field(
+        False, description="rank-stabilised: adapters are scaled by alpha / sqrt(r)"
+    )
+    use_dora: bool = Field(
+        False, description="weight-decomposed: the lengths of the weights are trained by themselves"
+    )
     lora_target_modules: (
         Literal["all-linear"] | Annotated[list[Target], Field(min_length=1, max_length=256)]
     ) = Field("all-linear", description="module names as PEFT takes them, or all linear layers")
-    load_in_4bit: bool = Field(False, description="the base in 4 bits (needs a GPU)")
-    load_in_8bit: bool = Field(False, description="the base in 8 bits (needs a GPU)")
+    load_in_4bit: bool = Field(
+        False,
+        description="the base in 4 bits (NF4); on a CPU in full precision, and a warning says so",
+    )
+    load_in_8bit: bool = Field(
+        False, description="the base in 8 bits; on a CPU in full precision, and a warning says so"
+    )
     devices: int = Field(
         1, ge=1, le=1024, description="GPUs that share each step (on a CPU: processes)"
+    )
+    probe: bool = Field(
+        False,
+        description="make a step on the longest samples first, so that memory that does not "
+        "suffice shows then",
     )
     eval_dataset_path: Name | None = Field(None, description="held-out data, same formats")
     columns: Columns = Field(
@@ -114,6 +130,8 @@ class TuningRequest(BaseModel):
             rank=self.lora_r,
             alpha=self.lora_alpha,
             dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
             targets=targets if isinstance(targets, str) else tuple(targets),
         )
         return {
@@ -145,6 +163,7 @@ class TuningRequest(BaseModel):
         return Run(
             quantization="4bit" if self.load_in_4bit else bits,
             devices=self.devices,
+            probe=self.probe,
             logging_steps=self.logging_steps,
             save_steps=self.save_steps,
         )

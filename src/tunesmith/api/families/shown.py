@@ -8,6 +8,7 @@ import msgspec
 from pydantic import BaseModel, Field
 
 from tunesmith.hub import Hub
+from tunesmith.spec.estimate import Forecast
 from tunesmith.spec.records import JobState, StopMode
 from tunesmith.store.listing import Line, Wanted
 
@@ -55,6 +56,9 @@ class JobDetail(JobView):
     state: JobState = Field(description="the precise state")
     attempts: int = Field(description="how often it was started")
     checkpoint_step: int | None = Field(description="the newest whole checkpoint")
+    estimate: Forecast | None = Field(
+        description="what was told before it ran, and how it went; null where nothing was told"
+    )
 
 
 def shown(hub: Hub, line: Line) -> dict[str, Any]:

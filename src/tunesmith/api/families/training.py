@@ -14,6 +14,7 @@ from tunesmith.api.strict import StrictRoute
 from tunesmith.hub import Hub
 from tunesmith.hub.asked import Request as SubmitRequest
 from tunesmith.hub.principal import Principal
+from tunesmith.spec.estimate import Estimate
 from tunesmith.spec.records import JobState, StopMode
 from tunesmith.store.listing import line_of
 
@@ -68,10 +69,8 @@ async def train_dpo(
     return await _submit(request, "dpo", hub, who, idempotency_key)
 
 
-async def _submit(
-    request: SftRequest | DpoRequest, kind: str, hub: Hub, who: Principal, key: str | None
-) -> Response:
-    asked = SubmitRequest(
+def _asked(request: SftRequest | DpoRequest, kind: str, key: str | None = None) -> SubmitRequest:
+    return SubmitRequest(
         spec=request.to_spec(),
         output_dir=request.output_dir,
         request=request.model_dump(mode="json"),
@@ -86,7 +85,12 @@ async def _submit(
             "eval_dataset": "eval_dataset_path",
         },
     )
-    job = await hub.submit(asked, who)
+
+
+async def _submit(
+    request: SftRequest | DpoRequest, kind: str, hub: Hub, who: Principal, key: str | None
+) -> Response:
+    job = await hub.submit(_asked(request, kind, key), who)
     message = f"{kind.upper()} training job created"
     answer = Created(job_id=job.id, status="pending", message=message)
     return Response(answer.model_dump_json(), media_type="application/json")
@@ -112,6 +116,18 @@ router.add_api_route(
 )
 
 
+@router.post("/train/sft/estimate", summary="What a supervised fine-tuning job would take")
+async def estimate_sft(request: SftRequest, hub: HubDep, who: Caller) -> Estimate:
+    """The body is that of /train/sft; nothing is started."""
+    return await hub.estimate(_asked(request, "sft"), who)
+
+
+@router.post("/train/dpo/estimate", summary="What preference training on pairs would take")
+async def estimate_dpo(request: DpoRequest, hub: HubDep, who: Caller) -> Estimate:
+    """The body is that of /train/dpo; nothing is started."""
+    return await hub.estimate(_asked(request, "dpo"), who)
+
+
 @router.get("/jobs", summary="List jobs, newest first", response_model=list[JobView])
 def list_jobs(
     hub: HubDep,
@@ -135,6 +151,7 @@ def get_job(job_id: JobIdText, hub: HubDep, who: Caller) -> JobDetail:
         state=job.state,
         attempts=job.attempts,
         checkpoint_step=job.checkpoint_step,
+        estimate=hub.estimate_of(job),
     )
 
 
