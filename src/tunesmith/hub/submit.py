@@ -69,7 +69,7 @@ def _estimate(hub: "Hub", asked: Request, who: Principal) -> Estimate:
         )
     part = look.pinned(spec.dataset, who, asked.name("dataset"), Reading.of(spec))
     _refuse_unsuited(part, asked, "dataset")
-    is_gpu = _has_gpu(spec, look.workers())
+    is_gpu = _has_gpu(look.workers())
     looked = checks.measured(hub, spec, model.folder, part)
     return foretell(spec, model.folder, looked, look.history(), is_gpu)
 

@@ -351,7 +351,7 @@ class Grpo(Grouped):
     grpo: each completion the same; dr_grpo: each the same, over a constant number of tokens
     (Liu et al. 2025, arXiv:2503.20783, section 3.2)."""
     scale_rewards: Literal["group", "batch", "none"] | None = None
-    """Whose standard deviation advantages are divided by. None: `none` with dr_grpo, else `group`."""
+    """Whose standard deviation divides advantages. None: `none` with dr_grpo, else `group`."""
     epsilon_high: float | None = Field(None, gt=0, le=10)
     """Upper bound apart from `epsilon`, such as 0.28 (DAPO, section 3.1)."""
     drop_even_groups: bool = False
