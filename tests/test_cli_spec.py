@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.cli.specfile import EXAMPLE, parse_spec, read_spec, schema
+from tunesmith.cli.specfile import EXAMPLE, read_spec
 from tunesmith.errors import NotFoundError, ValidationError
 from tunesmith.spec.train import Pretrain, Sft
-from tunesmith.spec.yaml_guard import load
+from tunesmith.spec.written import parse, schema
 
 
 def test_the_example_is_valid() -> None:
-    spec = parse_spec(load(EXAMPLE))
+    spec = parse(EXAMPLE).spec
     assert isinstance(spec, Sft)
     assert spec.optim.learning_rate == 2e-4
 
@@ -47,7 +47,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
 )
 def test_a_fault_is_told_with_what_would_be_right(text: str, told: str) -> None:
     with pytest.raises(ValidationError) as caught:
-        parse_spec(load(text))
+        parse(text)
     faults = [str(entry["msg"]) for entry in caught.value.details]
     assert any(told in line for line in [str(caught.value), *faults])
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.errors import ValidationError
-from tunesmith.spec.yaml_guard import MAX_BYTES, MAX_DEPTH, MAX_NODES, load
+from tunesmith.spec.yaml_guard import MAX_BYTES, MAX_DEPTH, MAX_NODES, load, read
 
 MERGE_BOMB = "\n".join(
     ["a0: &a0 {k: 1}"]
@@ -58,6 +58,53 @@ def test_what_is_dangerous_is_refused_with_a_reason(bomb: str | bytes, why: str)
         load(bomb)
     assert why in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+LONG = "#" * (1 << 16) + "\n"
+"""Before a document: then libyaml reads it."""
+
+
+@pytest.mark.parametrize(
+    ("bomb", "why"),
+    [
+        ("[" * 50_000, "deep"),
+        ("{a: " * 50_000, "deep"),
+        (MERGE_BOMB, "anchors"),
+        (ALIAS_BOMB, "anchors"),
+        ("x: *nowhere", "aliases"),
+        ("[" + "1," * (MAX_NODES + 1) + "]", "more than 5000"),
+        ("a: !!python/object/apply:os.system [id]", "tags"),
+        ("<<: {a: 1}", "merge"),
+        ("a: 1\n---\nb: 2", "second document"),
+        ("a: 1\na: 2", "twice"),
+        ("a: [1", ""),
+        ("a: b: c", ""),
+        ("a: \x00", ""),
+        ("\t- x", ""),
+        ("a: " + "'" * (MAX_BYTES - (1 << 17) + 1), ""),
+    ],
+)
+def test_a_long_document_is_guarded_the_same(bomb: str, why: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        load(LONG + bomb)
+    assert why in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("before", ["", LONG])
+def test_every_key_and_item_has_its_line(before: str) -> None:
+    found = read(before + "a: 1\nb:\n  - x\n  - c: '2e-5'\n    d: {e: 2e-5}\n")
+    first = 2 if before else 1
+    assert found.value == {"a": 1, "b": ["x", {"c": "2e-5", "d": {"e": 2e-5}}]}
+    assert {path: line - first for path, line in found.lines.items()} == {
+        ("a",): 0,
+        ("b",): 1,
+        ("b", 0): 2,
+        ("b", 1): 3,
+        ("b", 1, "c"): 3,
+        ("b", 1, "d"): 4,
+        ("b", 1, "d", "e"): 4,
+    }
 
 
 def test_a_fault_names_its_line() -> None:

@@ -128,7 +128,9 @@ def line_of(entry: Mapping[str, Any]) -> str:
     place = entry.get("loc", entry.get("line", entry.get("param")))
     if isinstance(place, list | tuple):
         parts = [str(part) for part in place if part not in {"body", "query", "path"}]
-        place = ".".join(parts)
+        counted = parts[:2] if parts[:1] in (["line"], ["row"]) else []
+        shown = [" ".join(counted), ".".join(parts[len(counted) :])]
+        place = ", ".join(part for part in shown if part)
     message = entry.get("msg", entry.get("message", entry.get("reason", "")))
     return f"{place}: {message}" if place not in {None, ""} else str(message)
 

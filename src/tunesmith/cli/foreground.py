@@ -1,6 +1,6 @@
 """Training in the foreground: the trainer as a child, its events as a progress bar.
 
-Beside the output folder lies `.<name>.train/`: the task, and one folder for each try with its
+Beside the model's folder lies `.<name>.train/`: the task, and one folder for each try with its
 checkpoints. It goes once the model is in place; the log `<name>.log` stays.
 """
 
@@ -25,7 +25,7 @@ from tunesmith import manifest
 from tunesmith.cli.curve import curve
 from tunesmith.cli.near import listed, names_in, near_name
 from tunesmith.cli.progress import Progress
-from tunesmith.cli.specfile import read_spec
+from tunesmith.cli.specfile import read_configuration
 from tunesmith.cli.terminal import (
     FAILED,
     INTERRUPTED,
@@ -60,19 +60,27 @@ class Foreground:
     inputs: Inputs
     out: Path
     is_fresh: bool = False
+    name: str = ""
+    """What people may call it."""
 
     @classmethod
-    def prepare(cls, spec_path: Path, out: Path, is_fresh: bool = False) -> "Foreground":
-        """Raises NotFoundError, ValidationError, CommandError; makes nothing."""
-        spec = read_spec(spec_path)
+    def prepare(cls, path: Path, out: Path | None = None, is_fresh: bool = False) -> "Foreground":
+        """What a configuration's file asks for; results go to `out`, else where the file says,
+        else to outputs/<the file's name>.
+
+        Raises NotFoundError, ValidationError, CommandError; makes nothing.
+        """
+        asked = read_configuration(path)
+        spec, name = asked.spec, asked.name
         inputs = Inputs(
-            model=_found("model", spec.model),
-            dataset=_found("dataset", spec.dataset),
-            eval_dataset=spec.eval_dataset and _found("eval_dataset", spec.eval_dataset),
+            model=_found(name("model"), spec.model),
+            dataset=_found(name("dataset"), spec.dataset),
+            eval_dataset=spec.eval_dataset and _found(name("eval_dataset"), spec.eval_dataset),
         )
-        full = out.expanduser().absolute()
-        _check_free(full)
-        return cls(spec, inputs, full, is_fresh)
+        target = out or Path(asked.output_dir or f"outputs/{path.stem}")
+        full = target.expanduser().absolute()
+        _check_free(full / asked.folder)
+        return cls(spec, inputs, full / asked.folder, is_fresh, name=full.name)
 
     @property
     def work(self) -> Path:
@@ -97,7 +105,7 @@ class Foreground:
     def _train(self, as_json: bool) -> int:
         task = self._task()
         with self.log.open("a", encoding="utf-8") as log, Trainer(task, log) as trainer:
-            with Progress(self.out.name, is_live=False if as_json else None) as progress:
+            with Progress(self.name, is_live=False if as_json else None) as progress:
                 for event in trainer.events():
                     self._keep_plan(event)
                     if as_json:
@@ -134,7 +142,7 @@ class Foreground:
             (self.work / "plan.json").unlink(missing_ok=True)
         elif note.exists() and _json(note) != identity and listed(self.work / "attempts"):
             raise CommandError(
-                f"{self.out.name} was begun with another spec, model or data set",
+                f"{self.name} was begun with another spec, model or data set",
                 "--fresh starts anew; --out DIR leaves the other one alone",
             )
         manifest.write_durably(note, json.dumps(identity, sort_keys=True).encode())
@@ -222,7 +230,7 @@ class Foreground:
         manifest.fsync_folder(self.out.parent)
         shutil.rmtree(self.work, ignore_errors=True)
         tell(f"the model is in {self.out}")
-        suggest(f"tunesmith models add {self.out.name} {self.out} && tunesmith up")
+        suggest(f"tunesmith models add {self.name} {self.out} && tunesmith up")
         return OK
 
 

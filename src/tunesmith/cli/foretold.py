@@ -35,7 +35,7 @@ def show_estimate(told: dict[str, Any]) -> None:
         show(f"{name:<{wide}}  {text}")
 
 
-def estimate_here(spec_path: Path, out: Path, should_probe: bool, as_json: bool) -> None:
+def estimate_here(spec_path: Path, out: Path | None, should_probe: bool, as_json: bool) -> None:
     """Tell what the file's training would take; with a probe, make a step of it."""
     from tunesmith.cli.foreground import Foreground
 

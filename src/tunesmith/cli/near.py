@@ -1,7 +1,10 @@
 """The name that was probably meant."""
 
-import difflib
 from pathlib import Path
+
+from tunesmith.spec.near import near_name
+
+__all__ = ["listed", "names_in", "near_name"]
 
 
 def listed(folder: Path) -> list[Path]:
@@ -10,12 +13,6 @@ def listed(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError:
         return []
-
-
-def near_name(wanted: str, known: list[str]) -> str:
-    """`; did you mean 'x'?`, or nothing."""
-    near = difflib.get_close_matches(wanted, known, 1, 0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def names_in(folder: Path) -> list[str]:

@@ -53,7 +53,7 @@ def train_here(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Where the model goes (outputs/<spec's name>)."),
+        typer.Option("--out", metavar="DIR", help="Where the model goes (outputs/<file's name>)."),
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Forget the checkpoints of an earlier try.")
@@ -72,9 +72,10 @@ def train_here(
     Ctrl-C saves a checkpoint and stops, a second one kills. The same command goes on from there.
     """
     from tunesmith.cli import specfile
+    from tunesmith.spec import written
 
     if schema:
-        show_json(specfile.schema())
+        show_json(written.schema())
     elif example:
         show(specfile.EXAMPLE.rstrip())
     elif spec is None:
@@ -84,13 +85,12 @@ def train_here(
     else:
         from tunesmith.cli.foreground import Foreground
 
-        target = out if out is not None else Path("outputs") / spec.stem
         if estimate or probe:
             from tunesmith.cli.foretold import estimate_here
 
-            estimate_here(spec, target, should_probe=probe, as_json=as_json)
+            estimate_here(spec, out, should_probe=probe, as_json=as_json)
             return
-        raise typer.Exit(Foreground.prepare(spec, target, fresh).run(as_json))
+        raise typer.Exit(Foreground.prepare(spec, out, fresh).run(as_json))
 
 
 Model = Annotated[str, typer.Option("-m", "--model", help="A folder, a name, a hub id.")]
