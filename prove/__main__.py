@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def run(name: str) -> None:
         folder = Path(tempfile.mkdtemp(prefix=f"prove-{name}-")).resolve()
-        setting = Setting(folder, chosen.seed, chosen.long, databases, chosen.scale)
+        setting = Setting(folder, chosen.seed, chosen.long, databases, chosen.scale, chosen.record)
         proven.append(prove(name, setting, line))
         write(chosen.out, setting, proven)
 
@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--db", choices=(*DATABASES, "both"), default="both")
     parser.add_argument("--seed", type=int, default=1, help="of every throw of the dice")
     parser.add_argument("--scale", type=float, default=1.0, help="of all counts; for a quick look")
+    parser.add_argument("--record", type=Path, help="of schedules played: go on from it")
     parser.add_argument("--out", type=Path, default=Path("prove/report.json"))
     return parser
 

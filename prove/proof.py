@@ -22,6 +22,8 @@ class Setting:
     databases: tuple[str, ...] = ("sqlite", "postgresql")
     scale: float = 1.0
     """Of the counts: the tests run a small part."""
+    record: Path | None = None
+    """Of what was played, for a run that goes on where an earlier one was broken off."""
 
     def count(self, short: int, long: int) -> int:
         return max(1, round(self.scale * (long if self.is_long else short)))

@@ -1,11 +1,13 @@
 """The simulator: some schedules on both databases, and a guard taken out is missed."""
 
 from importlib import util
+from pathlib import Path
 
 import pytest
 
-from prove.sim import _processes
+from prove.sim import Stage, _play, _processes
 from prove.sim.mutants import MUTANTS, Mutant
+from prove.sim.tally import Tally
 from prove.sim.worker import Played, first_fault, play_all
 from servers import Postgres
 
@@ -22,6 +24,21 @@ def test_schedules_on_sqlite_have_no_fault() -> None:
 
 def test_schedules_on_postgresql_have_no_fault(postgres: Postgres) -> None:
     assert broken(play_all(range(1, 9), postgres.database())) == []
+
+
+def test_a_run_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
+    def played(record: Path, count: int) -> list[Played]:
+        stage = Stage("sqlite", lambda: "sqlite://", Tally(record))
+        with _processes() as pool:
+            return list(_play(pool, 1, count, stage, lambda *_: None))
+
+    record = tmp_path / "record"
+    first = played(record, 2)
+    lines = record.read_text().splitlines()
+    assert played(record, 2) == first
+    assert record.read_text().splitlines() == lines
+    assert Tally(record, code="other").known("sqlite", range(1, 3)) is None
+    assert Tally(None).known("sqlite", range(1, 3)) is None
 
 
 def test_the_loss_of_a_guard_is_noticed() -> None:

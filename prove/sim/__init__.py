@@ -4,9 +4,11 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 
 from prove.proof import Figure, Progress, Result, Setting
 from prove.sim.mutants import MUTANTS
+from prove.sim.tally import Tally
 from prove.sim.worker import Played, first_fault, play_all
 from servers import open_postgres
 
@@ -14,17 +16,29 @@ BATCH = 50
 MUTANT_SEEDS = 1000
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What schedules are played on."""
+
+    name: str
+    database: Callable[[], str]
+    tally: Tally
+
+
 def run(setting: Setting, show: Progress) -> Result:
     total = setting.count(5_000, 50_000)
     on_postgres = setting.count(200, 2_000)
     figures: list[Figure] = []
+    tally = Tally(setting.record)
     with _processes() as pool:
         if "sqlite" in setting.databases:
-            played = list(_play(pool, setting.seed, total, lambda: "sqlite://", show))
+            stage = Stage("sqlite", lambda: "sqlite://", tally)
+            played = list(_play(pool, setting.seed, total, stage, show))
             figures.append(_schedules("SQLite", played))
         if "postgresql" in setting.databases:
             with open_postgres(setting.folder / "postgres") as cluster:
-                played = list(_play(pool, setting.seed, on_postgres, cluster.database, show))
+                stage = Stage("postgresql", cluster.database, tally)
+                played = list(_play(pool, setting.seed, on_postgres, stage, show))
             figures.append(_schedules("PostgreSQL", played))
     figures.append(_guards(setting.seed, show))
     return Result(tuple(figures))
@@ -43,16 +57,21 @@ def _processes(tasks: int | None = None) -> ProcessPoolExecutor:
 
 
 def _play(
-    pool: ProcessPoolExecutor, seed: int, count: int, database: Callable[[], str], show: Progress
+    pool: ProcessPoolExecutor, seed: int, count: int, stage: Stage, show: Progress
 ) -> Iterator[Played]:
     """A database of its own for each batch."""
-    batches = [
-        range(start, min(start + BATCH, seed + count)) for start in range(seed, seed + count, BATCH)
-    ]
-    waiting = [pool.submit(play_all, batch, database()) for batch in batches]
-    done = 0
+    waiting, done = {}, 0
+    for start in range(seed, seed + count, BATCH):
+        batch = range(start, min(start + BATCH, seed + count))
+        known = stage.tally.known(stage.name, batch)
+        if known is None:
+            waiting[pool.submit(play_all, batch, stage.database())] = batch
+            continue
+        done += len(known)
+        yield from known
     for future in as_completed(waiting):
         found = future.result()
+        stage.tally.keep(stage.name, waiting[future], found)
         done += len(found)
         show(done, count, f"{done} schedules")
         yield from found
