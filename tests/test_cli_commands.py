@@ -68,6 +68,7 @@ def test_the_module_runs_and_tells_its_version() -> None:
         ("train sft -m m", 2, "--dataset"),
         ("train sft -m m -d d --set =1", 2, "field=value"),
         ("jobs ls --server nonsense", 2, "no address"),
+        ("jobs submit none.yaml", 3, "no file 'none.yaml'"),
         ("models add 이름 ./nichts", 3, "nothing lies at 'nichts'"),
     ],
 )
@@ -110,6 +111,20 @@ def test_jobs_are_listed_for_readers_and_for_scripts(wire: Wire, capsys: Output)
     assert json.loads(out_text)[1]["job_id"] == "0f0f0f0f"
     assert err == ""
     assert wire.asked[-1].path == "/jobs?status=failed&limit=5"
+
+
+def test_a_configuration_is_submitted_as_it_stands(wire: Wire, here: Path, capsys: Output) -> None:
+    told = {"job_id": "a1b2c3d4", "status": "pending", "message": "KTO training job created"}
+    wrong = {"loc": ["line", 1, "task_typ"], "msg": "unknown key"}
+    wire.on("POST /train/config", reply(told), reply({"detail": [wrong]}, 422))
+    (here / "설정.yaml").write_text("task_type: rl # 예\n", encoding="utf-8")
+    assert main(["jobs", "submit", "설정.yaml", "--suffix", "mine", "--priority", "3"]) == 0
+    assert capsys.readouterr().out == "a1b2c3d4\n"
+    assert wire.asked[-1].body == "task_type: rl # 예\n".encode()
+    assert wire.asked[-1].headers["content-type"] == "application/yaml"
+    assert wire.asked[-1].path == "/train/config?priority=3&suffix=mine"
+    assert main(["jobs", "submit", "설정.yaml"]) == 1
+    assert "error: line 1, task_typ: unknown key\n" in capsys.readouterr().err
 
 
 def test_an_unknown_job_brings_the_nearest_id(wire: Wire, capsys: Output) -> None:

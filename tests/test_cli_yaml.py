@@ -131,6 +131,7 @@ def test_a_fault_names_its_line() -> None:
         ("a:", {"a": None}),
         (b"\xef\xbb\xbfa: 1", {"a": 1}),
         ("---\na: 1\n...\n", {"a": 1}),
+        ('{\n\t"a":\t[1,\t2]\n}', {"a": [1, 2]}),
     ],
 )
 def test_plain_values_are_read(text: str | bytes, value: Any) -> None:

@@ -33,6 +33,8 @@ class Settings(BaseModel):
     memory_reserve_bytes: int = Field(1 << 30, ge=0)
     """Host memory that no job is given."""
     max_json_bytes: int = Field(1 << 20, ge=1024)
+    max_yaml_bytes: int = Field(5 << 20, ge=1024, le=5 << 20)
+    """Of a training configuration."""
     max_chat_bytes: int = Field(16 << 20, ge=1024)
     max_upload_bytes: int = Field(20 << 30, ge=1024)
     max_queued_jobs: int = Field(10_000, ge=1)

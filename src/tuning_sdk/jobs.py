@@ -1,9 +1,12 @@
 """Training jobs: start, look at, follow, stop."""
 
+import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -64,6 +67,33 @@ class Jobs:
     ) -> Estimate:
         """What `train_dpo` with the same arguments would take; nothing is started."""
         return self._estimate("/train/dpo/estimate", model_name, dataset_path, fields)
+
+    def train_config(
+        self,
+        config: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        idempotency_key: str | None = None,
+        priority: int | None = None,
+        suffix: str | None = None,
+        resume_from: str | None = None,
+    ) -> CreatedJob:
+        """Start what a configuration asks for: a YAML or JSON file here, or the same as a mapping.
+
+        Its paths are those of the server's workspace. Raises FileNotFoundError, ValidationError
+        (with line and key), and as `train_sft`.
+        """
+        if isinstance(config, Mapping):
+            content = json.dumps(dict(config), allow_nan=False).encode()
+        else:
+            content = Path(config).read_bytes()
+        call = Call(
+            "POST",
+            "/train/config",
+            params={"priority": priority, "suffix": suffix, "resume_from": resume_from},
+            headers={"Content-Type": "application/yaml"},
+            idempotency_key=idempotency_key or str(uuid.uuid4()),
+        )
+        return CreatedJob.of(self._transport.send(call, lambda: nullcontext({"content": content})))
 
     def get(self, job_id: str) -> Job:
         return Job.of(self._transport.send(Call("GET", _path(job_id))))

@@ -15,14 +15,23 @@ from tunesmith import VERSION
 from tunesmith.api import faults, operator, transfer, workers
 from tunesmith.api.auth import LOOPBACK_ORIGIN
 from tunesmith.api.direct import put_in_front
-from tunesmith.api.families import data, events, health, openai, training, uploads, webhooks
+from tunesmith.api.families import (
+    configured,
+    data,
+    events,
+    health,
+    openai,
+    training,
+    uploads,
+    webhooks,
+)
 from tunesmith.api.feed import Feeds
 from tunesmith.api.leaving import InFlight, Leaving
 from tunesmith.api.stream import Watcher
 from tunesmith.hub import Hub
 from tunesmith.hub.sweep import sweep
 
-TRAINING_ROLE = (training.router, uploads.router, data.router, events.router)
+TRAINING_ROLE = (training.router, configured.router, uploads.router, data.router, events.router)
 ALL_ROLE = (*TRAINING_ROLE, openai.router, webhooks.router)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -22,12 +23,52 @@ from tunesmith.cli.terminal import (
 from tunesmith.cli.text import duration_text
 
 if TYPE_CHECKING:
-    from tuning_sdk import Job, TuningClient
+    from tuning_sdk import CreatedJob, Job, TuningClient
 
 jobs = typer.Typer(no_args_is_help=True, help="Training jobs of the server.")
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The job, as `jobs ls` shows it.")]
 Status = Literal["pending", "running", "completed", "failed", "cancelled"]
+
+
+@jobs.command("submit")
+def submit_job(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", help="What to train, as `train` takes it.")
+    ],
+    suffix: Annotated[str | None, typer.Option(help="Part of the tuned model's name.")] = None,
+    priority: Annotated[int | None, typer.Option(min=-1000, max=1000)] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
+    server: ServerOption = None,
+    api_key: KeyOption = None,
+    workspace: WorkspaceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start a configuration's file as a job of the server; its paths are the server's."""
+    from tunesmith.cli.specfile import read_bytes
+
+    read_bytes(config)
+    with client_for(server, api_key, workspace) as client:
+        created = client.jobs.train_config(config, suffix=suffix, priority=priority)
+        raise typer.Exit(started(client, created, wait, as_json))
+
+
+def started(client: "TuningClient", created: "CreatedJob", wait: bool, as_json: bool) -> int:
+    """Tell of a new job, and follow it where that is asked for; returns the exit code."""
+    job_id = created.job_id
+    if as_json:
+        show_json(created.model_dump(mode="json"))
+    else:
+        show(job_id)
+        tell(created.message or "")
+    if not wait:
+        suggest(f"tunesmith jobs watch {job_id}")
+        return OK
+    try:
+        return watch(client, job_id, as_json)
+    except KeyboardInterrupt:
+        tell(f"\njob {job_id} goes on; `tunesmith cancel {job_id}` stops it")
+        raise
 
 
 @jobs.command("ls")

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from tunesmith.cli.columns import ColumnsOption, columns_of
 from tunesmith.cli.place import JsonOption, KeyOption, ServerOption, WorkspaceOption, client_for
-from tunesmith.cli.terminal import USAGE, CommandError, show, show_json, suggest, tell
+from tunesmith.cli.terminal import USAGE, CommandError, show, show_json, tell
 
 if TYPE_CHECKING:
     from typer._click import Context
@@ -238,15 +238,10 @@ def _start(
     ways: Ways,
 ) -> None:
     """`inputs`: model and data set. Fields of None are left out."""
+    from tunesmith.cli.jobs import started
+
     created = _asked(client, submit, inputs, fields, ways)
-    if ways.as_json:
-        show_json(created.model_dump(mode="json"))
-    else:
-        show(created.job_id)
-        tell(created.message)
-    if ways.wait:
-        raise typer.Exit(_follow(client, created.job_id, ways.as_json))
-    suggest(f"tunesmith jobs watch {created.job_id}")
+    raise typer.Exit(started(client, created, ways.wait, ways.as_json))
 
 
 def _estimate(
@@ -276,16 +271,6 @@ def _asked(
     given = {name: value for name, value in fields.items() if value is not None}
     path = _uploaded(client, dataset, given.get("columns")) if ways.upload else dataset
     return ask(model, path, **given)
-
-
-def _follow(client: "TuningClient", job_id: str, as_json: bool) -> int:
-    from tunesmith.cli.jobs import watch
-
-    try:
-        return watch(client, job_id, as_json)
-    except KeyboardInterrupt:
-        tell(f"\njob {job_id} goes on; `tunesmith cancel {job_id}` stops it")
-        raise
 
 
 def _uploaded(client: "TuningClient", path: str, columns: dict[str, str] | None) -> str:

@@ -145,9 +145,9 @@ class _Reading:
 
 
 def _parser(content: str) -> Any:
-    """libyaml reads a hundred times as fast; the other knows the surrogates of JSON."""
-    is_small = len(content) <= _SMALL
-    return yaml.SafeLoader if is_small else getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    """libyaml reads a hundred times as fast, and tabs; the other knows the surrogates of JSON."""
+    is_plain = len(content) <= _SMALL and "\t" not in content
+    return yaml.SafeLoader if is_plain else getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _line(event: yaml.Event) -> int:

@@ -1,0 +1,141 @@
+"""POST /train/config: a configuration's file over HTTP, of any method."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from api_fixtures import LOCAL, hub_of, make_workspace, open_door
+from house import preferences
+from task_files import LORA, SFT
+from train_fixtures import write_rows
+from tunesmith.hub.principal import Principal
+from tunesmith.spec.train import Kto, Lora, Sft
+from tunesmith.spec.yaml_guard import MAX_BYTES
+
+YAML = {"Content-Type": "application/yaml"}
+HERE = {
+    "qwen-7b": "models/tiny",
+    "llama2-7b": "models/tiny",
+    "datasets/sft_dataset.jsonl": "data/chat.jsonl",
+    "datasets/lora_demo.jsonl": "data/chat.jsonl",
+}
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    place = make_workspace(tmp_path_factory.mktemp("configured"))
+    write_rows(place / "data" / "pairs.jsonl", preferences(8))
+    with open_door(place) as door:
+        yield door
+
+
+def here(text: str) -> str:
+    for name, path in HERE.items():
+        text = text.replace(name, path)
+    return text
+
+
+def send(door: TestClient, text: str, **asked: Any) -> Any:
+    return door.post("/train/config", content=text.encode(), **({"headers": YAML} | asked))
+
+
+def spec_of(door: TestClient, answer: Any) -> Any:
+    assert answer.status_code == 200, answer.text
+    return hub_of(door).job(answer.json()["job_id"], Principal.local()).spec
+
+
+def test_a_tasks_file_makes_a_job_and_is_shown_in_its_own_words(door: TestClient) -> None:
+    answer = send(door, here(SFT))
+    assert answer.json().keys() == {"job_id", "status", "message"}
+    assert answer.json()["message"] == "SFT training job created"
+    spec = spec_of(door, answer)
+    assert isinstance(spec, Sft)
+    assert (spec.lora, spec.max_length) == (None, 2048)
+    told = door.get(f"/jobs/{answer.json()['job_id']}").json()
+    assert told["training_type"] == "sft"
+    assert told["config"]["task_type"] == "sft"
+    assert told["config"]["model_name"] == "models/tiny"
+    assert told["config"]["weight_decay"] == 0
+
+
+def test_the_loras_file_is_never_refused_for_want_of_a_gpu(door: TestClient) -> None:
+    spec = spec_of(door, send(door, here(LORA)))
+    assert spec.lora == Lora(rank=8, alpha=16, dropout=0.05)
+
+
+def test_a_specification_of_any_method_makes_a_job(door: TestClient) -> None:
+    body = {"method": "kto", "model": "models/tiny", "dataset": "data/pairs.jsonl", "beta": 0.2}
+    asked = {"json": body, "params": {"suffix": "wanted", "priority": 3}}
+    answer = door.post("/train/config", **asked)
+    spec = spec_of(door, answer)
+    assert isinstance(spec, Kto)
+    assert spec.beta == 0.2
+    told = door.get(f"/jobs/{answer.json()['job_id']}").json()
+    assert (told["training_type"], told["config"]["model"]) == ("kto", "models/tiny")
+
+
+def test_one_key_makes_one_job(door: TestClient) -> None:
+    headers = YAML | {"Idempotency-Key": "the-one"}
+    made = {send(door, here(SFT), headers=headers).json()["job_id"] for _ in range(3)}
+    assert len(made) == 1
+    assert send(door, here(LORA), headers=headers).status_code == 422
+
+
+def test_every_fault_is_told_with_line_and_key(door: TestClient) -> None:
+    answer = send(door, here(SFT) + "learning_rat: 1\nseed: x\n")
+    assert answer.status_code == 422
+    assert answer.json()["detail"] == [
+        {"loc": ["line", 8, "learning_rat"], "msg": "unknown key; did you mean 'learning_rate'?"},
+        {
+            "loc": ["line", 9, "seed"],
+            "msg": "has to be a valid integer, unable to parse string as an integer",
+        },
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "told"),
+    [
+        (SFT, 404, "model_name: no model 'qwen-7b'"),
+        (LORA, 404, "base_model: no model 'llama2-7b'"),
+        (here(SFT).replace("data/chat.jsonl", "data/none.jsonl"), 404, "dataset: no data set"),
+        (here(SFT).replace("data/chat.jsonl", "/etc/passwd"), 400, "dataset"),
+        (here(SFT).replace("models/tiny", "../.."), 400, "model_name"),
+        (here(SFT) + "output_path: ../out", 400, "output_path"),
+        (here(SFT).replace("data/chat.jsonl", "data/pairs.jsonl"), 422, "dataset: 'data/pairs"),
+        ("", 422, "holds no fields"),
+        ("[1", 422, "line"),
+        ("a: *b", 422, "aliases"),
+        ("[" * 100_000, 422, "deep"),
+        ("\x00", 422, ""),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    door: TestClient, text: str, status: int, told: str
+) -> None:
+    answer = send(door, text)
+    assert answer.status_code == status, answer.text
+    assert told in answer.text
+
+
+def test_a_body_over_the_limit_or_of_another_kind_is_refused(door: TestClient) -> None:
+    assert send(door, "#" * (MAX_BYTES + 1)).status_code == 413
+    plain = send(door, here(SFT), headers={"Content-Type": "text/plain"})
+    assert plain.status_code == 415
+    assert "application/yaml" in plain.text
+    stranger = {"X-API-Key": "wrong"} | YAML
+    assert send(door, here(SFT), headers=stranger).status_code == 401
+
+
+def test_the_client_sends_a_file_or_a_mapping(tmp_path: Path, door: TestClient) -> None:
+    """As `tuning_sdk` writes it: JSON, told as YAML."""
+    answer = send(
+        door, json.dumps({"task_type": "lora", "base_model": "models/tiny", "data": "🌊"})
+    )
+    assert answer.status_code == 404
+    assert "data: no data set '🌊'" in answer.text
+    assert str(door.base_url) == LOCAL
