@@ -125,6 +125,14 @@ class House:
         assert reply.status_code == 200, reply.text
         return str(reply.json()["job_id"])
 
+    def configure(self, text: str, kind: str = "yaml") -> str:
+        """Start a configuration's file."""
+        headers = {"Content-Type": f"application/{kind}"}
+        with self.client as client:
+            reply = client.post("/train/config", content=text.encode(), headers=headers)
+        assert reply.status_code == 200, reply.text
+        return str(reply.json()["job_id"])
+
     def job(self, job_id: str) -> dict[str, Any]:
         with self.client as client:
             return dict(client.get(f"/jobs/{job_id}").json())

@@ -1,4 +1,11 @@
-"""The four configurations of the contract of the tasks, as they stand there."""
+"""The contract of the tasks: its four configurations as they stand there, rows of its shapes, and a
+folder in which the names that they name are tiny models and small files."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from train_fixtures import WORDS, make_model, write_rows
 
 SFT = """\
 task_type: sft
@@ -40,3 +47,51 @@ learning_rate: 3e-4
 warmup_ratio: 0.01
 tokenizer: configs/tokenizer.model
 """
+
+
+def lay_out(folder: Path) -> None:
+    """All that the configurations name, but for the reward model."""
+    tiny = make_model(folder / "llama2-7b")
+    for name in ("qwen-7b", "qwen-7b-sft"):
+        shutil.copytree(tiny, folder / name)
+    (folder / "datasets").mkdir(exist_ok=True)
+    for name, rows in SAMPLES.items():
+        write_rows(folder / "datasets" / f"{name}.jsonl", rows)
+
+
+def words(at: int, count: int = 3) -> str:
+    return " ".join(WORDS[(at * 7 + k) % len(WORDS)] for k in range(count))
+
+
+def conversation(at: int) -> dict[str, Any]:
+    return {
+        "conversation_id": f"c{at}",
+        "messages": [
+            {"role": "user", "content": words(at)},
+            {"role": "assistant", "content": words(at + 1)},
+        ],
+        "task_tags": ["말", "话"],
+        "metadata": {"source": "made"},
+    }
+
+
+def preference(at: int) -> dict[str, Any]:
+    return {
+        "prompt": words(at),
+        "chosen": words(at + 1),
+        "rejected": words(at + 2, 4),
+        "metadata": {"rater": at % 3},
+    }
+
+
+def document(at: int) -> dict[str, Any]:
+    return {"text": words(at, 40), "doc_id": f"d{at}", "metadata": {"lang": "ko"}}
+
+
+COUNT = 24
+SAMPLES: dict[str, list[dict[str, Any]]] = {
+    "sft_dataset": [conversation(at) for at in range(COUNT)],
+    "lora_demo": [conversation(at) for at in range(COUNT)],
+    "rl_preference": [preference(at) for at in range(COUNT)],
+    "pretrain_corpus": [document(at) for at in range(COUNT)],
+}

@@ -45,6 +45,17 @@ def write_spec(name: str, epochs: float = 1, dataset: str = "行.jsonl") -> Path
     return path
 
 
+def write_task(name: str, epochs: float) -> Path:
+    """In the words of the contract's tasks."""
+    path = Path(f"{name}.yaml")
+    path.write_text(
+        "task_type: sft\nmodel_name: 모델\ndataset: 行.jsonl\nmax_seq_length: 2048\n"
+        f"learning_rate: 2e-3\nnum_train_epochs: {epochs}\nper_device_train_batch_size: 4\n",
+        encoding="utf-8",
+    )
+    return path
+
+
 def started(*arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "tunesmith.cli", "train", *arguments],
@@ -61,7 +72,7 @@ def events_of(lines: Iterator[str] | list[str]) -> list[dict[str, Any]]:
 
 
 def test_an_interrupted_training_goes_on_where_it_stopped(here: Path) -> None:
-    write_spec("긴", epochs=8)
+    write_task("긴", epochs=8)
     child = started("긴.yaml", "--json")
     assert child.stdout is not None
     for line in child.stdout:
@@ -73,10 +84,10 @@ def test_an_interrupted_training_goes_on_where_it_stopped(here: Path) -> None:
     stopped = events_of(out.splitlines())[-1]
     assert stopped["type"] == "stopped"
     assert "the same command goes on" in err
-    assert not Path("outputs/긴").exists()
+    assert not Path("outputs/긴/model_final").exists()
 
     other = Path("changed.yaml")
-    other.write_text(Path("긴.yaml").read_text("utf-8").replace("epochs: 8", "epochs: 7"))
+    other.write_text(Path("긴.yaml").read_text("utf-8").replace("epochs: 8", "epochs: 7"), "utf-8")
     with pytest.raises(CommandError, match="another spec"):
         Foreground.prepare(other, Path("outputs/긴"))._take_up()
 
@@ -86,8 +97,12 @@ def test_an_interrupted_training_goes_on_where_it_stopped(here: Path) -> None:
     steps = [one["step"] for one in events_of(out.splitlines()) if one["type"] == "step"]
     assert steps == list(range(stopped["step"] + 1, 129))
     assert f"going on from step {stopped['step']}" in err
-    manifest.verify(here / "outputs" / "긴")
-    assert sorted(path.name for path in (here / "outputs").iterdir()) == ["긴", "긴.log"]
+    folder = here / "outputs" / "긴"
+    manifest.verify(folder / "model_final")
+    assert sorted(path.name for path in folder.iterdir()) == ["model_final", "model_final.log"]
+    found = {path.name for path in (folder / "model_final").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= found
+    assert "2,048 tokens were asked for" in (folder / "model_final.log").read_text("utf-8")
 
 
 def test_faulty_data_is_code_five_and_names_the_line(capsys: Output) -> None:
@@ -146,6 +161,8 @@ def test_a_model_that_was_finished_but_not_placed_is_placed(here: Path, capsys: 
 def test_schema_and_example_need_no_file(capsys: Output) -> None:
     assert main(["train", "--schema"]) == 0
     assert "learning_rate" in json.dumps(json.loads(capsys.readouterr().out))
+    assert main(["train", "--tasks"]) == 0
+    assert "| `num_train_epochs` |" in capsys.readouterr().out
     assert main(["train", "--example"]) == 0
     assert "learning_rate: 2e-4" in capsys.readouterr().out
 

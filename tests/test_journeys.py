@@ -6,12 +6,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import task_files
 from house import KEY, House, chats, open_house
 from train_fixtures import WORDS, write_rows
+from tunesmith.spec.tasks.metrics import contract_metrics
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +164,51 @@ def test_a_full_fine_tune_is_a_model_of_its_own_named_after_its_root(
         model=job["fine_tuned_model"], messages=[{"role": "user", "content": "빛"}], max_tokens=2
     )
     assert reply.choices[0].message.content is not None
+
+
+@pytest.fixture(scope="module")
+def tasked(house: House) -> House:
+    """The folder has all that the contract's configurations of the tasks name."""
+    task_files.lay_out(house.workspace)
+    return house
+
+
+def configured(house: House, text: str) -> tuple[dict[str, Any], Path, set[str]]:
+    """A configuration's file, run to its end: the job, its folder, and the notices it gave."""
+    job_id = house.configure(text)
+    job = house.wait_end(job_id)
+    assert job["status"] == "completed", job
+    events = house.events(job_id)
+    notices = {event["data"]["code"] for event in events if event["type"] == "notice"}
+    named = {name for event in events for name in contract_metrics(event["type"], event["data"])}
+    return job | {"named": named}, house.workspace / job["output_dir"], notices
+
+
+def test_the_contracts_sft_file_runs_as_it_stands(tasked: House) -> None:
+    job, folder, notices = configured(tasked, task_files.SFT)
+    assert "max_length_lowered" in notices
+    assert "train/loss" in job["named"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    said = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        task_files.conversation(0)["messages"][:1],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=False,
+    )
+    answer = model.generate(said, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert answer.shape[1] == said.shape[1] + 4
+
+
+def test_the_contracts_lora_file_runs_as_it_stands(tasked: House) -> None:
+    job, folder, notices = configured(tasked, task_files.LORA)
+    assert "quantization_off" in notices or torch.cuda.is_available()
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(os.listdir(folder))
+    base = AutoModelForCausalLM.from_pretrained(tasked.workspace / "llama2-7b")
+    adapted = PeftModel.from_pretrained(base, folder)
+    config = adapted.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 16, 0.05)
+    assert any(one.any() for name, one in adapted.named_parameters() if "lora_B" in name)
+    assert (job["config"]["task_type"], job["config"]["model_name"]) == ("lora", "llama2-7b")
 
 
 def test_an_ended_output_folder_is_replaced_and_a_foreign_one_is_left_alone(house: House) -> None:

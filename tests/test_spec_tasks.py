@@ -1,6 +1,7 @@
 """Configurations in the tasks' words: what they mean, and what is said of those that are wrong."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,12 +10,15 @@ from hypothesis import strategies as st
 
 from task_files import LORA, SFT
 from tunesmith.errors import ValidationError
+from tunesmith.spec import yaml_guard
 from tunesmith.spec.places import at
 from tunesmith.spec.tasks.keys import KEYS
 from tunesmith.spec.tasks.metrics import contract_metrics
+from tunesmith.spec.tasks.overrides import overridden
+from tunesmith.spec.tasks.table import table
 from tunesmith.spec.tasks.tasks import TASKS
 from tunesmith.spec.train import Kto, Lora, Preference, Reward, Sft
-from tunesmith.spec.written import parse
+from tunesmith.spec.written import interpret, parse
 
 ROWS = "model_name: m\ndataset: d\n"
 RL_ROWS = f"task_type: rl\n{ROWS}"
@@ -241,6 +245,21 @@ def test_any_mapping_is_a_configuration_or_a_refusal(values: dict[str, Any], tas
         parse(json.dumps({"model": "m", "dataset": "d"} | values | {"task_type": task}))
     except ValidationError:
         return
+
+
+def test_the_documentation_has_the_keys_as_they_are_read() -> None:
+    """`tunesmith train --tasks` prints the table for docs/tasks.md."""
+    assert table() in (Path(__file__).parents[1] / "docs" / "tasks.md").read_text("utf-8")
+
+
+def test_what_is_said_anew_takes_the_place_of_its_like() -> None:
+    said = {"lr": 1e-3, "batch_size": 2, "seed": 7}
+    found = interpret(overridden(yaml_guard.read(SFT), said)).spec
+    assert (found.optim.learning_rate, found.optim.batch_size, found.optim.seed) == (1e-3, 2, 7)
+    assert found.optim.epochs == 3
+    with pytest.raises(ValidationError, match="unknown key; did you mean 'lr'") as caught:
+        interpret(overridden(yaml_guard.read(SFT), {"lrr": 1}))
+    assert caught.value.details[0]["loc"] == ["lrr"]
 
 
 def test_metrics_have_the_contracts_names() -> None:

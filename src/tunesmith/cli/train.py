@@ -65,6 +65,9 @@ def train_here(
         typer.Option("--probe", help="--estimate by a step on the longest samples, made here."),
     ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the file's JSON schema.")] = False,
+    tasks: Annotated[
+        bool, typer.Option("--tasks", help="Print the keys of files with a task_type.")
+    ] = False,
     example: Annotated[bool, typer.Option("--example", help="Print an example file.")] = False,
 ) -> None:
     """Train in the foreground, without a server.
@@ -76,6 +79,10 @@ def train_here(
 
     if schema:
         show_json(written.schema())
+    elif tasks:
+        from tunesmith.spec.tasks.table import table
+
+        show(table().rstrip())
     elif example:
         show(specfile.EXAMPLE.rstrip())
     elif spec is None:
