@@ -174,6 +174,7 @@ def test_starting_a_job_sends_what_was_said(wire: Wire, capsys: Output, here: Pa
     wire.on("POST /upload/dataset", reply({"dataset_path": "data/행.jsonl", "num_samples": 2}))
     (here / "행.jsonl").write_text("{}\n")
     line = "train sft -m 팀/base -d 행.jsonl --upload --lr 2e-4 --full --set warmup_ratio=3e-2"
+    line += " --sweep lora_r=4,8 --sweep use_dora=true,false"
     assert main(line.split()) == 0
     assert capsys.readouterr().out == "a1b2c3d4\n"
     assert wire.of("POST /train/sft")[0].json == {
@@ -182,6 +183,7 @@ def test_starting_a_job_sends_what_was_said(wire: Wire, capsys: Output, here: Pa
         "learning_rate": 2e-4,
         "use_lora": False,
         "warmup_ratio": 0.03,
+        "sweep": {"grid": {"lora_r": [4, 8], "use_dora": [True, False]}},
     }
 
 

@@ -111,6 +111,49 @@ def test_a_job_continues_from_an_adapter_of_an_earlier_one(house: House, finishe
     assert Path(config["base_model_name_or_path"]) == house.workspace / "models" / "tiny"
 
 
+def test_several_configurations_are_one_job_and_each_answers_by_name(house: House) -> None:
+    grid = {"lora_r": [2, 4], "learning_rate": [1e-3]}
+    job_id = house.submit(max_steps=3, suffix="swept", sweep={"grid": grid})
+    job = house.wait_end(job_id)
+    assert job["status"] == "completed", job
+    assert job["config"]["sweep"]["grid"] == {"rank": [2, 4], "learning_rate": [1e-3]}
+    assert [one["settings"]["rank"] for one in job["sweep"]["trials"]] == [2, 4]
+    assert {"trial-1/loss", "trial-2/loss"} <= job["metrics"].keys()
+    steps = [event["data"] for event in house.events(job_id) if event["type"] == "step"]
+    assert [(one["step"], one["trial_step"]) for one in steps] == [
+        (number, (number + 1) // 2) for number in range(1, 7)
+    ]
+    client = openai.OpenAI(api_key="test-key-001", base_url=house.url + "/v1", timeout=120)
+    name = f"ft:tiny:local:swept:{job_id}"
+    known = [model.id for model in client.models.list()]
+    asked = [{"role": "user", "content": "水"}]
+    places = (f"outputs/{job_id}/adapters/trial-1", f"{name}:trial-2", name)
+    for place in places:
+        reply = client.chat.completions.create(model=place, messages=asked, max_tokens=2)
+        assert reply.choices
+    assert {name, f"{name}:trial-1", f"{name}:trial-2"} <= set(known)
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model=f"{name}:trial-3", messages=asked)
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model=f"{name}:../../models", messages=asked)
+
+
+def test_a_sweep_that_cannot_be_is_refused_in_its_own_words(house: House) -> None:
+    for sweep, word in [
+        ({"grid": {"lora_r": [2, 4096]}}, "trial-2: rank"),
+        ({"grid": {}}, "either a grid or trials"),
+        ({"grid": {"batch": [1]}}, "learning_rate"),
+        ({"trials": [{"name": "../up"}]}, "pattern"),
+    ]:
+        body = {"model_name": "models/tiny", "dataset_path": "data/chat.jsonl", "sweep": sweep}
+        with house.client as client:
+            reply = client.post("/train/sft", json=body)
+            assert reply.status_code == 422, reply.text
+            assert word in reply.text
+            whole = client.post("/train/sft", json={**body, "use_lora": False})
+            assert whole.status_code == 422
+
+
 def test_preferences_are_learnt_on_the_output_of_a_fine_tune_and_answer_a_chat(
     house: House, finished: str
 ) -> None:

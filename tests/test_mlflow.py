@@ -329,6 +329,20 @@ def test_a_step_that_an_attempt_says_again_is_one_point() -> None:
     assert points([event(1, "step", step=4, loss=None)], 3) == ([], 4)
 
 
+def test_each_configuration_of_a_sweep_has_a_curve_of_its_own() -> None:
+    batch = [
+        event(n, "step", step=n, trial=f"trial-{n % 2 + 1}", trial_step=(n + 1) // 2, loss=0.5)
+        for n in range(1, 5)
+    ]
+    found, last = points(batch, 1)
+    assert [(one["key"], one["step"]) for one in found] == [
+        ("trial-1/loss", 1),
+        ("trial-2/loss", 2),
+        ("trial-1/loss", 2),
+    ]
+    assert last == 4
+
+
 @pytest.mark.parametrize(
     ("name", "key"),
     [

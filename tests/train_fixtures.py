@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tunesmith.spec.pipe import Inputs, Plan, TrainerTask
 from tunesmith.spec.train import AnySpec, Lora, Optim, Run, Sft, Tuning
-from tunesmith.train.job import Job
 from tunesmith.train.process import Asks
 from tunesmith.train.report import Report
+from tunesmith.train.sweep import job_for
 
 TEXT = "river stone 강물 바위 水 石头 cloud 구름 云 tree 나무 树 light 빛 光 🌊 🌲 night 밤 夜"
 WORDS = TEXT.split()
@@ -171,7 +171,7 @@ def run_here(task: TrainerTask, asks: Asks | None = None) -> Events:
     """Carry a task out in this process; what it raises comes through."""
     path = Path(task.attempt_dir).with_suffix(".events")
     with path.open("wb") as file:
-        Job(task, Report(file.fileno()), asks or Asks()).run()
+        job_for(task, Report(file.fileno()), asks or Asks()).run()
     return read_events(path)
 
 

@@ -57,6 +57,8 @@ class Job(Answer):
     metrics: dict[str, Any] | None = None
     """The latest of each."""
     eta_seconds: float | None = None
+    sweep: dict[str, Any] | None = None
+    """Of several configurations: `best`, and in `trials` what came of each."""
     estimate: dict[str, Any] | None = None
     """What was told beforehand (see `Estimate`), and in `actual` how it went."""
 

@@ -26,6 +26,7 @@ from tunesmith.cli.curve import curve
 from tunesmith.cli.near import listed, names_in, near_name
 from tunesmith.cli.progress import Progress
 from tunesmith.cli.specfile import read_configuration
+from tunesmith.cli.sweeps import tell_table
 from tunesmith.cli.terminal import (
     FAILED,
     INTERRUPTED,
@@ -230,6 +231,7 @@ class Foreground:
         manifest.fsync_folder(self.out.parent)
         shutil.rmtree(self.work, ignore_errors=True)
         tell(f"the model is in {self.out}")
+        tell_table(self.out)
         suggest(f"tunesmith models add {self.name} {self.out} && tunesmith up")
         return OK
 

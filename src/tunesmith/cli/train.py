@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from tunesmith.cli.columns import ColumnsOption, columns_of
 from tunesmith.cli.place import JsonOption, KeyOption, ServerOption, WorkspaceOption, client_for
+from tunesmith.cli.sweeps import SweepOption, sweep_of
 from tunesmith.cli.terminal import USAGE, CommandError, show, show_json, tell
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ def train_sft(
     rslora: Rslora = None,
     dora: Dora = None,
     seed: Seed = None,
+    sweep: SweepOption = None,
     columns: ColumnsOption = None,
     more: Annotated[
         list[str] | None,
@@ -163,6 +165,7 @@ def train_sft(
         "use_rslora": rslora,
         "use_dora": dora,
         "seed": seed,
+        "sweep": sweep_of(sweep),
         "columns": columns_of(columns),
         **_assignments(more or []),
     }
@@ -191,6 +194,7 @@ def train_dpo(
     rslora: Rslora = None,
     dora: Dora = None,
     seed: Seed = None,
+    sweep: SweepOption = None,
     columns: ColumnsOption = None,
     more: Annotated[
         list[str] | None,
@@ -219,6 +223,7 @@ def train_dpo(
         "use_rslora": rslora,
         "use_dora": dora,
         "seed": seed,
+        "sweep": sweep_of(sweep),
         "columns": columns_of(columns),
         **_assignments(more or []),
     }

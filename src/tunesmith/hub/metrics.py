@@ -43,7 +43,12 @@ def points(batch: Sequence[JobEvent], step: int) -> tuple[list[Metric], int]:
 
 
 def _points(event: JobEvent, values: dict[str, Any]) -> list[Metric]:
-    at_ms, step = int(event.at * 1000), event.data["step"]
+    at_ms, step, trial = int(event.at * 1000), event.data["step"], event.data.get("trial")
+    if trial is not None:  # of a sweep: a curve of its own, over its own steps
+        step, values = (
+            event.data["trial_step"],
+            {f"{trial}/{name}": one for name, one in values.items()},
+        )
     return [
         {"key": key_for(name), "value": value, "timestamp": at_ms, "step": step}
         for name, value in values.items()

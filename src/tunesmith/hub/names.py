@@ -6,17 +6,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from sqlalchemy import select
-from sqlalchemy.engine import Connection
-
 from tunesmith.errors import BadRequestError, NotFoundError
-from tunesmith.hub import remote
+from tunesmith.hub import remote, trials
 from tunesmith.hub.cache import Snapshot
 from tunesmith.hub.folder import ModelFolder, read
 from tunesmith.hub.principal import Principal
 from tunesmith.settings import Settings
-from tunesmith.spec.records import JobState
-from tunesmith.store import catalog, jobs, tables
+from tunesmith.spec.records import Job, JobState
+from tunesmith.store import catalog, jobs
 from tunesmith.store.database import Store
 from tunesmith.store.files import confine
 from tunesmith.store.listing import Line
@@ -114,7 +111,10 @@ def find_data(
 
 
 def tuned_name(line: Line) -> str | None:
-    """`ft:<last part of the root base>:<org>:<suffix>:<job id>`, once there is a model."""
+    """`ft:<last part of the root base>:<org>:<suffix>:<job id>`, once there is a model.
+
+    Of a job of several configurations it is the best one's; `:<configuration>` after it names each.
+    """
     if line.state != JobState.SUCCEEDED or line.artifact is None:
         return None
     return f"ft:{_root_name(Path(line.model_path))}:local:{line.label or ''}:{line.id}"
@@ -154,16 +154,24 @@ def _base_of(record: Path, _stamp: tuple[int, ...]) -> Path | None:
 
 
 def _tuned(store: Store, name: str, who: Principal, field: str) -> FoundModel:
-    job_id = name.rsplit(":", 1)[-1]
-    try:
-        job = store.read(lambda tx: jobs.get(tx, job_id, who.scope))
-    except NotFoundError:
-        job = None
-    if job is None or job.artifact is None:
+    whole, _, last = name.rpartition(":")
+    job, place = _job(store, last, who), None
+    if job is not None and job.artifact is not None:
+        place = Path(job.artifact)
+    elif (job := _job(store, whole.rpartition(":")[2], who)) and job.artifact is not None:
+        place = trials.place_of(job.artifact, last)
+    if job is None or place is None:
         raise NotFoundError(
             f"{field}: no tuned model {name!r}; GET /v1/models lists them", param=field
         )
-    return FoundModel(name, read(Path(job.artifact), field), job.owner)
+    return FoundModel(name, read(place, field), job.owner)
+
+
+def _job(store: Store, job_id: str, who: Principal) -> Job | None:
+    try:
+        return store.read(lambda tx: jobs.get(tx, job_id, who.scope))
+    except NotFoundError:
+        return None
 
 
 def _refuse_foreign(store: Store, settings: Settings, found: ModelFolder, field: str) -> None:
@@ -172,7 +180,7 @@ def _refuse_foreign(store: Store, settings: Settings, found: ModelFolder, field:
     roots = [settings.workspace, *settings.allowed_roots, settings.hub_cache]
     real_roots = [root.resolve() for root in roots]
     foreign = [file for file in found.files if not _lies_in(file, real_roots)]
-    if not foreign or store.read(lambda tx: _is_made_here(tx, found.path)):
+    if not foreign or store.read(lambda tx: trials.is_made_here(tx, found.path)):
         return
     if found.base != found.path and all(file.is_relative_to(found.base) for file in foreign):
         known = store.read(lambda tx: catalog.list_names(tx, "model"))
@@ -188,9 +196,3 @@ def _refuse_foreign(store: Store, settings: Settings, found: ModelFolder, field:
 def _lies_in(file: Path, roots: list[Path]) -> bool:
     real = file.resolve()
     return any(real.is_relative_to(root) for root in roots)
-
-
-def _is_made_here(tx: Connection, path: Path) -> bool:
-    """Whether the folder is the output of a job of this server."""
-    query = select(tables.jobs.c.id).where(tables.jobs.c.artifact == str(path)).limit(1)
-    return tx.scalar(query) is not None

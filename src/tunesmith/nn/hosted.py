@@ -47,9 +47,13 @@ class HostedDecoder:
         *,
         autocast_dtype: torch.dtype | None = None,
         adapter: Any = None,
+        name: str = "default",
     ) -> None:
+        """`name` is that of its adapter, where `adapter` has several."""
         self._model = model
         self._peft = adapter
+        self._name = name
+        self._wear()
         self._ways = ways
         self._autocast_dtype = autocast_dtype
         self.context_length = context_length(model.config)
@@ -74,14 +78,15 @@ class HostedDecoder:
         if self._peft is not None:
             from peft import get_peft_model_state_dict
 
-            return cast("dict[str, Tensor]", get_peft_model_state_dict(self._peft))
+            state = get_peft_model_state_dict(self._peft, adapter_name=self._name)
+            return cast("dict[str, Tensor]", state)
         return without_ties(self._model)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         if self._peft is not None:
             from peft import set_peft_model_state_dict
 
-            set_peft_model_state_dict(self._peft, dict(weights))
+            set_peft_model_state_dict(self._peft, dict(weights), adapter_name=self._name)
             return
         expected = without_ties(self._model).keys()
         assert expected == weights.keys(), f"other weights: {sorted(expected ^ weights.keys())[:4]}"
@@ -89,7 +94,24 @@ class HostedDecoder:
 
     def save(self, folder: Path) -> None:
         with plain_attention(self._model, self._ways.attention):
-            self._outer.save_pretrained(str(folder))
+            if self._peft is None:
+                self._model.save_pretrained(str(folder))
+            else:
+                self._save_adapter(folder)
+
+    def _save_adapter(self, folder: Path) -> None:
+        """PEFT puts those with another name than `default` into a folder of that name."""
+        self._peft.save_pretrained(str(folder), selected_adapters=[self._name])
+        inner = folder / self._name
+        if inner.is_dir():
+            for path in inner.iterdir():
+                path.rename(folder / path.name)
+            inner.rmdir()
+
+    def _wear(self) -> None:
+        """Compute with its own adapter: other models may share the weights."""
+        if self._peft is not None and self._peft.active_adapter != self._name:
+            self._peft.set_adapter(self._name)
 
     def train(self) -> None:
         self._outer.train()
@@ -98,6 +120,7 @@ class HostedDecoder:
         self._outer.eval()
 
     def _precision(self) -> AbstractContextManager[Any]:
+        self._wear()
         if self._autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self._model.device.type, self._autocast_dtype)
@@ -117,13 +140,12 @@ class HostedModel(HostedDecoder):
             logits_RV = self._logit_rows(batch)
         return F.cross_entropy(logits_RV.float(), batch.targets_R, reduction="sum")
 
-    def log_probs(self, batch: FlatBatch, temperature: float = 1.0) -> Tensor:
+    def log_probs(self, batch: FlatBatch) -> Tensor:
         with self._precision():
             if self._ways.has_plain_head:
-                hidden_RH = self._hidden_rows(batch)
-                return self._with_head(linear_log_probs, hidden_RH, batch.targets_R, temperature)
-            logits_RV = self._logit_rows(batch).float() / temperature
-        return -F.cross_entropy(logits_RV, batch.targets_R, reduction="none")
+                return self._with_head(linear_log_probs, self._hidden_rows(batch), batch.targets_R)
+            logits_RV = self._logit_rows(batch)
+        return -F.cross_entropy(logits_RV.float(), batch.targets_R, reduction="none")
 
     @property
     def can_look_back(self) -> bool:
@@ -170,21 +192,13 @@ class HostedModel(HostedDecoder):
             self._outer.train(was_training)
 
     def _with_head(
-        self,
-        function: Callable[..., Tensor],
-        hidden_RH: Tensor,
-        targets_R: Tensor,
-        temperature: float = 1.0,
+        self, function: Callable[..., Tensor], hidden_RH: Tensor, targets_R: Tensor
     ) -> Tensor:
         """A function of hidden states, the head's weight, targets and the head's bias."""
         head = self._model.get_output_embeddings()
         dtype = self._autocast_dtype or head.weight.dtype
-        bias_V = head.bias
-        if temperature != 1:
-            hidden_RH = hidden_RH / temperature
-            bias_V = None if bias_V is None else bias_V / temperature
         with torch.autocast(hidden_RH.device.type, enabled=False):
-            return function(hidden_RH.to(dtype), head.weight.to(dtype), targets_R, bias_V)
+            return function(hidden_RH.to(dtype), head.weight.to(dtype), targets_R, head.bias)
 
     def _logit_rows(self, batch: FlatBatch) -> Tensor:
         return run_rows(self._model, batch, self._ways.is_flat)

@@ -1,6 +1,6 @@
 """A causal language model as training sees it, and how one is opened from a folder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -9,9 +9,15 @@ from torch import Tensor, nn
 from tunesmith.nn.attention import Looking
 from tunesmith.nn.batch import FlatBatch
 from tunesmith.nn.folder import open_folder
-from tunesmith.nn.lean import open_lean, open_lean_scorer
+from tunesmith.nn.lean import open_lean, open_lean_beside, open_lean_scorer
 from tunesmith.nn.memory import keep_freed_memory
-from tunesmith.nn.opening import Opening, check_opening, open_hosted, open_hosted_scorer
+from tunesmith.nn.opening import (
+    Opening,
+    check_opening,
+    open_hosted,
+    open_hosted_beside,
+    open_hosted_scorer,
+)
 from tunesmith.spec.train import Lora
 
 
@@ -58,7 +64,7 @@ class LanguageModel(Model, Protocol):
     def loss_sum(self, batch: FlatBatch) -> Tensor:
         """The sum, in fp32, of the label losses of the batch; differentiable."""
 
-    def log_probs(self, batch: FlatBatch, temperature: float = 1.0) -> Tensor:
+    def log_probs(self, batch: FlatBatch) -> Tensor:
         """The log-probability, in fp32, of each label (R,); differentiable. R is above 0."""
 
     @property
@@ -123,6 +129,21 @@ def open_with(folder: str, opening: Opening) -> LanguageModel:
     if opening.device == "cpu":
         keep_freed_memory()
     return open_lean(found, opening) or open_hosted(found, opening)
+
+
+def open_beside(folder: str, openings: Sequence[Opening]) -> list[LanguageModel]:
+    """Several models over one copy of frozen weights, each with adapters of its own.
+
+    But for `lora` and `seed` the openings are alike, and `lora` is given in each. Each model
+    computes what it would if it were opened by itself. Raises JobFailure(USER_ERROR).
+    """
+    found = open_folder(folder)
+    for opening in openings:
+        check_opening(found, opening)
+    if openings[0].device == "cpu":
+        keep_freed_memory()
+    lean = open_lean_beside(found, openings)
+    return list(lean if lean is not None else open_hosted_beside(found, openings))
 
 
 def open_scorer(folder: str, opening: Opening) -> ScoringModel:

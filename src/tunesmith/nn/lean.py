@@ -4,7 +4,7 @@ The weights come and go under transformers' names, bit for bit; adapters under P
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -75,6 +75,7 @@ class LeanDecoder:
         self.context_length = context_length(config)
         self.vocabulary_size = int(self._plain[stack.embedding_name].shape[0])
         self._trainable = self._find_trainable()
+        self._worn = [(one, one.worn) for one in stack.projections]
         self.parameters_total = sum(tensor.numel() for tensor in self._published().values()) + sum(
             one.numel() for name, one in self._trainable.items() if ".lora_" in name
         )
@@ -121,6 +122,12 @@ class LeanDecoder:
     def eval(self) -> None:
         self._is_training = False
 
+    def _dressed(self) -> Stack:
+        """The stack with this model's adapters: other models may share it."""
+        for projection, worn in self._worn:
+            projection.wear(worn)
+        return self._stack
+
     def _kept(self) -> dict[str, Tensor]:
         """Views of the model's own memory."""
         return self._published() if self._plan is None else self._adapters()
@@ -154,14 +161,12 @@ class LeanModel(LeanDecoder):
         if not batch.labels:
             return self._head_VH.new_zeros(()).requires_grad_()
         batch = _rounded(batch, is_onednn(self._head_VH))
-        hidden_RH = self._stack.hidden_rows(batch, self._is_training)
+        hidden_RH = self._dressed().hidden_rows(batch, self._is_training)
         return linear_cross_entropy_sum(hidden_RH, self._head_VH, batch.targets_R)
 
-    def log_probs(self, batch: FlatBatch, temperature: float = 1.0) -> Tensor:
+    def log_probs(self, batch: FlatBatch) -> Tensor:
         batch = _rounded(batch, is_onednn(self._head_VH))
-        hidden_RH = self._stack.hidden_rows(batch, self._is_training)
-        if temperature != 1:
-            hidden_RH = hidden_RH / temperature
+        hidden_RH = self._dressed().hidden_rows(batch, self._is_training)
         return linear_log_probs(hidden_RH, self._head_VH, batch.targets_R)
 
     can_look_back = True
@@ -169,11 +174,11 @@ class LeanModel(LeanDecoder):
     @torch.no_grad()
     def logits(self, batch: FlatBatch) -> Tensor:
         batch = _rounded(batch, is_onednn(self._head_VH))
-        return product(self._stack.hidden_rows(batch, is_training=False), self._head_VH)
+        return product(self._dressed().hidden_rows(batch, is_training=False), self._head_VH)
 
     @torch.no_grad()
     def next_logits(self, ids_B: Tensor, positions_B: Tensor, past: Looking) -> Tensor:
-        return product(self._stack.next_rows(ids_B, positions_B, past), self._head_VH)
+        return product(self._dressed().next_rows(ids_B, positions_B, past), self._head_VH)
 
 
 class LeanScorer(LeanDecoder):
@@ -182,7 +187,7 @@ class LeanScorer(LeanDecoder):
     def scores(self, batch: FlatBatch) -> Tensor:
         score_1H = self._plain[SCORE]
         batch = _rounded(batch, is_onednn(score_1H))
-        return F.linear(self._stack.hidden_rows(batch, self._is_training), score_1H)[:, 0]
+        return F.linear(self._dressed().hidden_rows(batch, self._is_training), score_1H)[:, 0]
 
 
 _ARCHITECTURES = {
@@ -202,7 +207,14 @@ def open_lean(folder: ModelFolder, opening: Opening) -> LeanModel | None:
 
     Raises JobFailure(USER_ERROR).
     """
-    return _open(folder, opening, LeanModel, _token_head)
+    found = _open(folder, [opening], LeanModel, _token_head)
+    return None if found is None else found[0]
+
+
+def open_lean_beside(folder: ModelFolder, openings: Sequence[Opening]) -> list[LeanModel] | None:
+    """One model an opening, over the same frozen weights; but for adapters and seeds the openings
+    are alike. As `open_lean`."""
+    return _open(folder, openings, LeanModel, _token_head)
 
 
 def open_lean_scorer(folder: ModelFolder, opening: Opening) -> LeanScorer | None:
@@ -211,7 +223,8 @@ def open_lean_scorer(folder: ModelFolder, opening: Opening) -> LeanScorer | None
     def head(config: Any, state: Mapping[str, Tensor], _: str) -> dict[str, nn.Parameter] | None:
         return {SCORE: nn.Parameter(state.get(SCORE, new_score(config, opening.seed)).float())}
 
-    return _open(folder, opening, LeanScorer, head)
+    found = _open(folder, [opening], LeanScorer, head)
+    return None if found is None else found[0]
 
 
 Decoder = TypeVar("Decoder", bound=LeanDecoder)
@@ -220,8 +233,9 @@ FindHead = Callable[[Any, Mapping[str, Tensor], str], "dict[str, nn.Parameter] |
 
 
 def _open(
-    folder: ModelFolder, opening: Opening, kind: type[Decoder], find_head: FindHead
-) -> Decoder | None:
+    folder: ModelFolder, openings: Sequence[Opening], kind: type[Decoder], find_head: FindHead
+) -> list[Decoder] | None:
+    opening = openings[0]
     if opening.device != "cpu" or opening.precision != "fp32" or opening.quantization:
         return None
     config = load_config(folder)
@@ -230,8 +244,12 @@ def _open(
         return None
     modules = family.module_names(config)
     is_scoring = issubclass(kind, LeanScorer)
-    plan = _plan(folder, opening, modules, is_transposed=family is gpt2, is_scoring=is_scoring)
-    if plan is None and (folder.adapter is not None or opening.lora is not None):
+    is_transposed = family is gpt2
+    plans = [
+        _plan(folder, one, modules, is_transposed=is_transposed, is_scoring=is_scoring)
+        for one in openings
+    ]
+    if None in plans and (folder.adapter is not None or opening.lora is not None):
         return None
     built = _build(config, _state(config, folder, opening), find_head)
     if built is None:
@@ -246,7 +264,10 @@ def _open(
     def make(plan: AdapterPlan | None) -> Decoder:
         return kind(config, stack, head, plan)
 
-    return make(None) if plan is None else _with_adapters(make, stack, plan, folder, opening)
+    return [
+        make(None) if plan is None else _with_adapters(make, stack, plan, folder, one)
+        for one, plan in zip(openings, plans, strict=True)
+    ]
 
 
 def _plan(

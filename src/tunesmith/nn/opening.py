@@ -1,6 +1,7 @@
 """From a checked folder to a transformers model that is set up for training."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +38,22 @@ def open_hosted(folder: ModelFolder, opening: Opening) -> HostedModel:
     return hosted
 
 
+def open_hosted_beside(folder: ModelFolder, openings: Sequence[Opening]) -> list[HostedModel]:
+    """One model an opening over the same weights, each an adapter under a name in PEFT.
+
+    But for `lora` and `seed` the openings are alike. Raises JobFailure(USER_ERROR).
+    """
+    model = _load(folder, openings[0])
+    ways = find_ways(model)
+    dtype = torch.bfloat16 if openings[0].precision == "bf16" else None
+    peft: Any = None
+    names = [f"beside{number}" for number in range(len(openings))]
+    for name, opening in zip(names, openings, strict=True):
+        peft = _with_adapter(model if peft is None else peft, folder, opening, "CAUSAL_LM", name)
+    _finish(model, openings[0])
+    return [HostedModel(model, ways, autocast_dtype=dtype, adapter=peft, name=one) for one in names]
+
+
 def open_hosted_scorer(folder: ModelFolder, opening: Opening) -> HostedScorer:
     """The same with one number for a head. Raises JobFailure(USER_ERROR)."""
     model = _load_scorer(folder, opening)
@@ -50,20 +67,30 @@ def open_hosted_scorer(folder: ModelFolder, opening: Opening) -> HostedScorer:
 
 def _set_up(model: Any, folder: ModelFolder, opening: Opening, task: str) -> tuple[Any, Any]:
     """The model that is trained, and PEFT's around it where there is one."""
-    adapter = None
-    if folder.adapter is not None:
-        adapter = _with_known_adapter(model, folder, is_trainable=opening.lora is not None)
-    elif opening.lora is not None:
-        adapter = _with_new_adapter(model, folder, opening, task)
+    adapter = _with_adapter(model, folder, opening, task)
     if opening.lora is None:
         model = model if adapter is None else adapter.merge_and_unload()
         model.requires_grad_(True)
         adapter = None
+    _finish(model, opening)
+    return model, adapter
+
+
+def _with_adapter(
+    model: Any, folder: ModelFolder, opening: Opening, task: str, name: str = "default"
+) -> Any:
+    """PEFT's model around it, or the same with one adapter more; None where there is none."""
+    if folder.adapter is not None:
+        is_trainable = opening.lora is not None
+        return _with_known_adapter(model, folder, is_trainable=is_trainable, name=name)
+    return None if opening.lora is None else _with_new_adapter(model, folder, opening, task, name)
+
+
+def _finish(model: Any, opening: Opening) -> None:
     if opening.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if not opening.has_dropout:
         _stop_dropout(model)
-    return model, adapter
 
 
 def _stop_dropout(model: torch.nn.Module) -> None:
@@ -208,19 +235,26 @@ def _quantization(opening: Opening) -> Any:
     )
 
 
-def _with_known_adapter(model: Any, folder: ModelFolder, *, is_trainable: bool) -> Any:
+def _with_known_adapter(model: Any, folder: ModelFolder, *, is_trainable: bool, name: str) -> Any:
     from peft import PeftModel
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return PeftModel.from_pretrained(model, str(folder.adapter), is_trainable=is_trainable)
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(folder.adapter), name, is_trainable=is_trainable)
+                return model
+            return PeftModel.from_pretrained(
+                model, str(folder.adapter), name, is_trainable=is_trainable
+            )
     except (ValueError, RuntimeError, TypeError, KeyError) as error:
         raise refuse(f"{folder.given}: the adapter does not fit its base model: {error}") from error
 
 
-def _with_new_adapter(model: Any, folder: ModelFolder, opening: Opening, task: str) -> Any:
-    from peft import LoraConfig, get_peft_model
+def _with_new_adapter(
+    model: Any, folder: ModelFolder, opening: Opening, task: str, name: str
+) -> Any:
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     lora = opening.lora
     assert lora is not None
@@ -236,12 +270,16 @@ def _with_new_adapter(model: Any, folder: ModelFolder, opening: Opening, task: s
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
         base_model_name_or_path=folder.base_given,
     )
-    model.name_or_path = folder.base_given
+    if not isinstance(model, PeftModel):
+        model.name_or_path = folder.base_given
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(opening.seed)
         try:
-            return get_peft_model(model, config)
+            if not isinstance(model, PeftModel):
+                return get_peft_model(model, config, name)
+            model.add_adapter(name, config)
+            return model
         except ValueError as error:
             raise refuse(
                 f"targets {lora.targets!r} do not fit this model: {error}",

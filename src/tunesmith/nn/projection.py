@@ -42,6 +42,14 @@ class Adapter:
     magnitude_N: nn.Parameter | None = None
 
 
+@dataclass(frozen=True)
+class Worn:
+    """The adapters of one projection, by the places of their parts."""
+
+    adapters: dict[int, Adapter]
+    shape: AdapterShape
+
+
 class Projection:
     """x @ weight.T + bias over the outputs of all parts, one after the other."""
 
@@ -91,9 +99,12 @@ class Projection:
         return linear(linear(thinned_TH, down_RH, None, None), up_NR, None, frozen_TN)
 
     def adapt(self, modules: frozenset[str], shape: AdapterShape) -> None:
-        """Freeze, and put a new adapter on each part named: PEFT's start, that changes nothing."""
+        """Freeze, and put a new adapter on each part named: PEFT's start, that changes nothing.
+
+        Adapters that were there before are left to whoever still has them as `worn`.
+        """
         self.freeze()
-        self._shape = shape
+        self.adapters, self._shape = {}, shape
         for place, part in enumerate(self.parts):
             if part.module in modules:
                 down_RH = torch.empty(shape.rank, self.weight_NH.shape[1])
@@ -105,6 +116,14 @@ class Projection:
                     nn.Parameter(up_NR),
                     None if magnitude_N is None else nn.Parameter(magnitude_N),
                 )
+
+    @property
+    def worn(self) -> "Worn":
+        return Worn(self.adapters, self._shape)
+
+    def wear(self, worn: "Worn") -> None:
+        """Compute with these adapters from now on."""
+        self.adapters, self._shape = worn.adapters, worn.shape
 
     def freeze(self) -> None:
         self.weight_NH.requires_grad_(False)

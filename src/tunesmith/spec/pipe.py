@@ -10,6 +10,7 @@ from pydantic import Field, StringConstraints
 
 from tunesmith.errors import FailureClass
 from tunesmith.spec.strict import JobId, Sha256, Strict
+from tunesmith.spec.sweep import TrialName
 from tunesmith.spec.train import TrainSpec
 
 MetricName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -111,12 +112,19 @@ class Step(Strict):
     eta_seconds: float | None = None
     metrics: dict[MetricName, float] = Field({}, max_length=64)
     """What the method tells of this step beside: rewards, margins, …"""
+    trial: TrialName | None = None
+    """Of a sweep: whose step it was. `step` and `total_steps` then count those of all trials, and
+    all else is of this trial."""
+    trial_step: int | None = Field(None, ge=0)
 
 
 class Evaluated(Strict):
     type: Literal["evaluated"] = "evaluated"
     step: int
     metrics: dict[str, float]
+    trial: TrialName | None = None
+    """As in `Step`."""
+    trial_step: int | None = Field(None, ge=0)
 
 
 class Checkpointed(Strict):

@@ -1,11 +1,12 @@
 """What a training request may ask for. Pure data: no torch, no files, no database."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from tunesmith.spec.rewards import RewardSource
 from tunesmith.spec.strict import Name, Strict
+from tunesmith.spec.sweep import LORA_SETTINGS, Sweep, TrialName
 
 MAX_LENGTH_LIMIT = 1 << 20
 """Tokens: the longest sample that may be asked for."""
@@ -122,7 +123,51 @@ class Tuning(Data):
     run: Run = Run()
 
 
-class Sft(Tuning):
+class Sweepable(Tuning):
+    """Methods of which several configurations can be trained side by side, as one job."""
+
+    sweep: Sweep | None = None
+
+    @model_validator(mode="after")
+    def _check_sweep(self) -> Self:
+        if self.sweep is None:
+            return self
+        if self.lora is None:
+            raise ValueError("a sweep steps adapters over one base: it needs lora")
+        if self.run.devices > 1:
+            raise ValueError("a sweep runs in one process: run.devices has to be 1")
+        self.configurations()
+        return self
+
+    def configurations(self) -> dict[TrialName, Self]:
+        """Of each trial of the sweep the whole specification, as if it were alone."""
+        given = self.sweep.settings() if self.sweep is not None else {}
+        return {name: self._with(name, settings) for name, settings in given.items()}
+
+    def _with(self, name: str, settings: dict[str, object]) -> Self:
+        """Raises ValueError."""
+        lora = {key: value for key, value in settings.items() if key in LORA_SETTINGS}
+        optim = {key: value for key, value in settings.items() if key not in LORA_SETTINGS}
+        assert self.lora is not None
+        own = {key: getattr(self, key) for key in self.model_fields_set}
+        try:
+            own |= {
+                "sweep": None,
+                "lora": Lora.model_validate({**_set(self.lora), **lora}),
+                "optim": type(self.optim).model_validate({**_set(self.optim), **optim}),
+            }
+            return type(self).model_validate(own)
+        except ValidationError as error:
+            fault = error.errors(include_url=False, include_context=False)[0]
+            where = ".".join(map(str, fault["loc"]))
+            raise ValueError(f"{name}: {where}: {fault['msg']}") from None
+
+
+def _set(model: Strict) -> dict[str, object]:
+    return {name: getattr(model, name) for name in type(model).model_fields}
+
+
+class Sft(Sweepable):
     """Supervised fine-tuning on conversations, instructions or prompt and completion."""
 
     method: Literal["sft"] = "sft"
@@ -141,7 +186,7 @@ class RewardOptim(Optim):
     epochs: float = Field(1, gt=0, le=10_000)
 
 
-class Comparing(Tuning):
+class Comparing(Sweepable):
     """Methods that learn from answers that were judged. Dropout is off in all of them: what is
     compared must be the same function of the weights."""
 
@@ -391,5 +436,5 @@ class Ppo(Reinforcing):
     optim: PpoOptim = PpoOptim()
 
 
-AnySpec = Sft | Pretrain | Preference | Kto | Orpo | Cpo | Simpo | Reward | Grpo | Rloo
+AnySpec = Sft | Pretrain | Preference | Kto | Orpo | Cpo | Simpo | Reward
 TrainSpec = Annotated[AnySpec, Field(discriminator="method")]

@@ -1,6 +1,6 @@
 """What a trainer said, numbered twice: by its worker (`n`), and by the job's row (`seq`)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -124,7 +124,7 @@ def _apply(row: RowMapping, said: Sequence[Any]) -> dict[str, Any]:
                 values |= _stepped(row, values, event)
             case Evaluated():
                 seen = values.get("metrics", row["metrics"])
-                values["metrics"] = {**seen, **event.metrics}
+                values["metrics"] = {**seen, **_named(event.trial, event.metrics)}
             case Checkpointed():
                 values |= _checkpointed(row, values, event)
     return values
@@ -147,6 +147,8 @@ def _started(row: RowMapping, event: Started) -> dict[str, Any]:
 def _stepped(row: RowMapping, values: dict[str, Any], event: Step) -> dict[str, Any]:
     seen = values.get("metrics", row["metrics"])
     shown = {name: getattr(event, name) for name in _SHOWN}
+    if event.trial is not None:
+        shown |= _named(event.trial, {"loss": event.loss})
     return {
         "step": event.step,
         "total_steps": event.total_steps,
@@ -154,6 +156,11 @@ def _stepped(row: RowMapping, values: dict[str, Any], event: Step) -> dict[str, 
         "metrics": {**seen, **event.metrics, **shown},
         "eta_seconds": event.eta_seconds,
     }
+
+
+def _named(trial: str | None, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a sweep, each trial's are told apart."""
+    return {name if trial is None else f"{trial}/{name}": one for name, one in metrics.items()}
 
 
 def _checkpointed(row: RowMapping, values: dict[str, Any], event: Checkpointed) -> dict[str, Any]:

@@ -45,12 +45,12 @@ def _carry_out(report: Report, asks: process.Asks) -> None:
         raise JobFailure(FailureClass.USER_ERROR, f"a task of over {MAX_TASK_BYTES:,} bytes")
     # Here, so that the environment is set before torch is loaded.
     from tunesmith.train import parallel
-    from tunesmith.train.job import Job
+    from tunesmith.train.sweep import job_for
 
     group = parallel.join()
     try:
         task = TrainerTask.model_validate_json(group.tell(body))
-        Job(task, report, asks, group).run()
+        job_for(task, report, asks, group).run()
     finally:
         parallel.leave()
 

@@ -56,9 +56,28 @@ class Saved:
     random: dict[str, Tensor]
     state: dict[str, Any]
     kept: dict[str, Tensor]
+    part: str = ""
+    """The folder of its weights inside `model/`, where there are several trainings' in it."""
 
     def weights(self) -> dict[str, Tensor]:
-        return load_weights(self.folder / _MODEL)
+        return load_weights(self.folder / _MODEL / self.part)
+
+    def of(self, name: str, part: str) -> "Saved":
+        """What was kept of one training of several: see `joined`."""
+        optimizer, random, kept = (
+            {
+                key[len(name) + 1 :]: one
+                for key, one in tensors.items()
+                if key.startswith(f"{name}/")
+            }
+            for tensors in (self.optimizer, self.random, self.kept)
+        )
+        return Saved(self.folder, optimizer, random, self.state["trials"][name], kept, part)
+
+
+def joined(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Those of several trainings as one, under `<training>/<name>`."""
+    return {f"{owner}/{name}": one for owner, held in tensors.items() for name, one in held.items()}
 
 
 class Shelf:

@@ -2,11 +2,11 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -54,6 +54,9 @@ class Opened:
 class Job:
     """Carries out a task; everything it says goes to `report`."""
 
+    loop_kind: ClassVar[type[Loop]] = Loop
+    has_trials: ClassVar[bool] = False
+
     def __init__(
         self, task: TrainerTask, report: Report, asks: Asks, group: Group = Group()
     ) -> None:
@@ -80,6 +83,7 @@ class Job:
     def _carry_out(self, opened: Opened, saved: Saved | None) -> None:
         self._wanted = space.Wanted.by(opened.model.trainable().values())
         self._check_room()
+        randomness.seed_all(self._spec.optim.seed)
         try:
             method, evaluation = self._methods(opened, saved)
         except Interrupted:
@@ -115,7 +119,15 @@ class Job:
     def _saved(self) -> Saved | None:
         if self._task.resume_from is None:
             return None
-        return checkpoint.read(Path(self._task.resume_from))
+        saved = checkpoint.read(Path(self._task.resume_from))
+        if ("trials" in saved.state) != self.has_trials:
+            raise JobFailure(
+                FailureClass.USER_ERROR,
+                f"{saved.folder.name} is of a job with {'one' if self.has_trials else 'several'} "
+                f"configurations, and this one has {'several' if self.has_trials else 'one'}",
+                "resume with the configurations that the checkpoint was made with",
+            )
+        return saved
 
     def _choose_plan(self, saved: Saved | None) -> Plan:
         """The task's; else the checkpoint's, so that the same bits follow; else a new one."""
@@ -141,8 +153,13 @@ class Job:
         )
 
     def _open_model(self) -> Model:
-        spec, plan, folder = self._spec, self._plan, self._task.inputs.model
-        opening = Opening(
+        folder, opening = self._task.inputs.model, self._opening()
+        is_scoring = isinstance(self._spec, Reward)
+        return open_scorer(folder, opening) if is_scoring else open_with(folder, opening)
+
+    def _opening(self) -> Opening:
+        spec, plan = self._spec, self._plan
+        return Opening(
             lora=self._lora,
             precision=plan.precision,
             device=plan.device,
@@ -152,9 +169,6 @@ class Job:
             quantization=self._quantization(),
             from_scratch=isinstance(spec, Pretrain) and spec.from_scratch,
             has_dropout=isinstance(spec, Sft | Pretrain),
-        )
-        return (
-            open_scorer(folder, opening) if isinstance(spec, Reward) else open_with(folder, opening)
         )
 
     def _quantization(self) -> Literal["4bit", "8bit"] | None:
@@ -208,7 +222,6 @@ class Job:
             kept=saved.kept if saved is not None else {},
             should_stop=lambda: self._asks.should_stop and self._group.size == 1,
             tell=self._tell_measured,
-            warn=self._notice,
         )
         inputs = self._task.inputs
         rows = Data(opened.rows, inputs.dataset, self._spec.optim.seed, "train")
@@ -241,13 +254,13 @@ class Job:
         if evaluation is not None:
             source = evaluation.source
             held_out = Evaluation(evaluation.objective, lambda: Feed(source, samples))
-        return Loop(
+        return self.loop_kind(
             Parts(
                 spec=self._spec,
                 plan=self._plan,
                 model=opened.model,
                 objective=method.objective,
-                feed=method.feed(samples),
+                feed=Feed(method.source, samples),
                 evaluation=held_out,
                 kept={**method.kept, **(evaluation.kept if evaluation is not None else {})},
                 shelf=self._shelf(),
@@ -288,7 +301,7 @@ class Job:
         if not loop.is_total_exact:
             self._tell_omissions(method)
         record = self._record(opened, loop, method)
-        path, digest = self._write_artifact(opened, record)
+        path, digest = self._write_artifact(lambda folder: save_model(opened, folder), record)
         self._report.send(
             Finished(
                 step=loop.counts.step,
@@ -298,7 +311,9 @@ class Job:
             )
         )
 
-    def _write_artifact(self, opened: Opened, record: dict[str, Any]) -> tuple[Path, str]:
+    def _write_artifact(
+        self, save: Callable[[Path], None], record: dict[str, Any]
+    ) -> tuple[Path, str]:
         """On a full disk, older checkpoints make room; the newest stays.
 
         Raises JobFailure(disk_full) where that is not enough.
@@ -306,7 +321,7 @@ class Job:
         attempt = Path(self._task.attempt_dir)
         for is_last_try in (False, True):
             try:
-                return artifact.write(attempt, lambda folder: save_model(opened, folder), record)
+                return artifact.write(attempt, save, record)
             except Exception as error:
                 if not is_disk_full(error):
                     raise

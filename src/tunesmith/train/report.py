@@ -44,7 +44,7 @@ def line_of(event: TrainerEvent) -> str:
             left = "" if event.eta_seconds is None else f", {event.eta_seconds:,.0f} s left"
             more = "".join(f", {name} {value:.4g}" for name, value in event.metrics.items())
             return (
-                f"step {event.step}/{event.total_steps}: loss {loss}{more}, "
+                f"step {event.step}/{event.total_steps}{_of(event.trial)}: loss {loss}{more}, "
                 f"learning rate {event.learning_rate:.3g}, "
                 f"{event.tokens_per_second:,.0f} tokens/s{left}"
             )
@@ -59,7 +59,7 @@ def line_of(event: TrainerEvent) -> str:
             return f"probed: a step of {size} takes {event.seconds:.3g} s and up to {memory}"
         case Evaluated():
             metrics = ", ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
-            return f"step {event.step}: {metrics}"
+            return f"step {event.step}{_of(event.trial)}: {metrics}"
         case Checkpointed():
             return f"step {event.step}: checkpoint {event.path}, {event.size_bytes:,} bytes"
         case Notice():
@@ -70,6 +70,10 @@ def line_of(event: TrainerEvent) -> str:
             return f"stopped at step {event.step}"
         case Failed():
             return f"failed ({event.failure_class}): {event.message} ({event.hint})"
+
+
+def _of(trial: str | None) -> str:
+    return "" if trial is None else f", {trial}"
 
 
 def finite(number: float) -> float | None:

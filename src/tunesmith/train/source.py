@@ -49,12 +49,16 @@ class RowSource(Generic[S]):
         self.omissions = Omissions()
         """Of the first epoch; the later ones leave out the same rows."""
         self.places = len(rows) * reader.samples_a_row
-        self._rows, self._reader, self._seed = rows, reader, seed
+        self.rows, self._reader, self._seed = rows, reader, seed
         self._should_stop = should_stop
         self._kept: dict[int, S] = {}
         self._room = KEPT_TOKENS
         self._seen = 0
         self._epoch = self._cursor = 0
+
+    def share(self, other: "RowSource[S]") -> None:
+        """Use the samples that another source of the same rows holds, instead of holding them."""
+        self._kept, self._room = other._kept, 0
 
     def open(self, epoch: int, position: dict[str, Any] | None = None) -> None:
         self._epoch, self._cursor = epoch, 0
@@ -88,7 +92,7 @@ class RowSource(Generic[S]):
         """One that was pulled before."""
         found = self._kept.get(place)
         if found is None:
-            row = read_row(self._rows, place // self._reader.samples_a_row)
+            row = read_row(self.rows, place // self._reader.samples_a_row)
             found = self._reader.read(row, place, Notes())
         assert found is not None, f"place {place} holds no sample"
         return found
@@ -108,7 +112,7 @@ class RowSource(Generic[S]):
         )
 
     def _read(self, place: int) -> S | None:
-        row = read_row(self._rows, place // self._reader.samples_a_row)
+        row = read_row(self.rows, place // self._reader.samples_a_row)
         notes = Notes()
         sample = self._reader.read(row, place, notes)
         self.omissions.notices |= notes.notices

@@ -1,11 +1,19 @@
 """What the training contract's routes are asked: fields in its own words, and what they mean."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from tunesmith.errors import BadRequestError
 from tunesmith.spec.strict import Name
+from tunesmith.spec.sweep import Sweep
 from tunesmith.spec.train import (
     MAX_LENGTH_LIMIT,
     Columns,
@@ -16,6 +24,7 @@ from tunesmith.spec.train import (
     PreferenceOptim,
     Run,
     Sft,
+    Sweepable,
     Target,
     check_pair_loss,
 )
@@ -27,6 +36,33 @@ def _epochs(default: float) -> Any:
 
 def _learning_rate(default: float) -> Any:
     return Field(default, gt=0, le=10, description="the peak of the schedule")
+
+
+_SPEC_WORDS = {
+    "num_epochs": "epochs",
+    "lr_scheduler": "scheduler",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "targets",
+}
+"""Of settings that can be swept, by this contract's words; the others are the same."""
+
+
+def _in_spec_words(given: Any) -> Any:
+    """A sweep's settings by the specification's names; what is no sweep is left as it is."""
+    if not isinstance(given, dict):
+        return given
+    named = dict(given)
+    if isinstance(grid := given.get("grid"), dict):
+        named["grid"] = _renamed(grid)
+    if isinstance(trials := given.get("trials"), list):
+        named["trials"] = [_renamed(one) if isinstance(one, dict) else one for one in trials]
+    return named
+
+
+def _renamed(settings: dict[Any, Any]) -> dict[Any, Any]:
+    return {_SPEC_WORDS.get(name, name): value for name, value in settings.items()}
 
 
 class TuningRequest(BaseModel):
@@ -116,10 +152,30 @@ class TuningRequest(BaseModel):
     resume_from: Name | None = Field(
         None, description="a checkpoint folder of an earlier job to go on from"
     )
+    sweep: Annotated[Sweep, BeforeValidator(_in_spec_words)] | None = Field(
+        None,
+        description="several configurations as one job, each an adapter over one base: a `grid` of "
+        "values for a setting, or `trials` with what each has otherwise",
+        examples=[{"grid": {"learning_rate": [1e-4, 2e-4], "lora_r": [4, 8]}}],
+    )
     priority: int = Field(0, ge=-1000, le=1000, description="higher goes first, then older")
     suffix: str | None = Field(
         None, max_length=64, pattern=r"^[\w.\-]+$", description="part of the tuned model's name"
     )
+
+    @model_validator(mode="after")
+    def _check_sweep(self) -> Self:
+        if self.sweep is not None:
+            try:
+                self.to_spec()
+            except ValidationError as error:
+                fault = error.errors(include_url=False)[0]["msg"]
+                raise ValueError(f"sweep: {fault.removeprefix('Value error, ')}") from None
+        return self
+
+    def to_spec(self) -> Sweepable:
+        """Raises BadRequestError."""
+        raise NotImplementedError
 
     def _tuning(self) -> dict[str, Any]:
         """The fields that every method has in its specification, but for `optim`."""
@@ -142,6 +198,7 @@ class TuningRequest(BaseModel):
             "max_length": self.max_length,
             "overlong": self.overlong,
             "lora": lora if self.use_lora else None,
+            "sweep": self.sweep,
             "run": self._run(),
         }
 

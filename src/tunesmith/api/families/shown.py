@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from tunesmith.hub import Hub
 from tunesmith.spec.estimate import Forecast
 from tunesmith.spec.records import JobState, StopMode
+from tunesmith.spec.sweep import SweepTable
 from tunesmith.store.listing import Line, Wanted
 
 Status = Literal["pending", "running", "completed", "failed", "cancelled"]
@@ -54,6 +55,11 @@ class JobDetail(JobView):
     metrics: dict[str, Any] = Field(description="the latest of each")
     eta_seconds: float | None = Field(description="seconds that are left, once it can be told")
     state: JobState = Field(description="the precise state")
+    sweep: SweepTable | None = Field(
+        None,
+        description="what came of each configuration of a sweep, once completed; each can be "
+        "chatted with as `<fine_tuned_model>:<name>`, and the best as `fine_tuned_model`",
+    )
     attempts: int = Field(description="how often it was started")
     checkpoint_step: int | None = Field(description="the newest whole checkpoint")
     estimate: Forecast | None = Field(

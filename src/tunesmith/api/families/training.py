@@ -14,6 +14,7 @@ from tunesmith.api.strict import StrictRoute
 from tunesmith.hub import Hub
 from tunesmith.hub.asked import Request as SubmitRequest
 from tunesmith.hub.principal import Principal
+from tunesmith.hub.trials import table_of
 from tunesmith.spec.estimate import Estimate
 from tunesmith.spec.records import JobState, StopMode
 from tunesmith.store.listing import line_of
@@ -149,6 +150,7 @@ def get_job(job_id: JobIdText, hub: HubDep, who: Caller) -> JobDetail:
         metrics=job.metrics,
         eta_seconds=job.eta_seconds,
         state=job.state,
+        sweep=table_of(job.artifact),
         attempts=job.attempts,
         checkpoint_step=job.checkpoint_step,
         estimate=hub.estimate_of(job),
