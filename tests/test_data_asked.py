@@ -4,8 +4,12 @@ import json
 
 import pytest
 
-from tunesmith.data.asked import asked
+from data_fixtures import FAMILIES
+from tunesmith.data.asked import AskedRows, asked
+from tunesmith.data.check import check_tokens
 from tunesmith.data.formats import detect, parse
+from tunesmith.data.render import Renderer
+from tunesmith.data.rows import RowIndex
 
 USER = {"role": "user", "content": "2 + 2?"}
 TOLD = {"role": "assistant", "content": "4"}
@@ -55,3 +59,14 @@ def test_a_conversation_of_several_turns_asks_with_the_answers_before():
 def test_a_row_of_prompts_may_hold_its_reference_as_an_answer():
     found = asked(parse(json.dumps({"messages": [USER, TOLD]}).encode(), "prompts", 1))
     assert (found.plain, found.reference) == ([USER], "4")
+
+
+def test_rows_are_checked_by_what_they_ask(tmp_path):
+    long = {"role": "assistant", "content": "word " * 400}
+    rows = [{"messages": [USER, long]}, {"messages": [USER | {"content": "word " * 400}, TOLD]}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    renderer = Renderer.load(FAMILIES[0].write(tmp_path / "model"))
+    with RowIndex.open(path) as index:
+        verdict = check_tokens(AskedRows(index), renderer, 200)
+    assert (verdict.overlong_lines, verdict.masked_count, verdict.failure) == ((2,), 0, None)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.data.formats import Row
+from tunesmith.data.rows import Rows
 from tunesmith.spec.chat import Message
 
 
@@ -35,3 +36,29 @@ def asked(row: Row) -> Asked:
         answer = answer if answer is not None else messages[-1].content
         messages = messages[:-1]
     return Asked(messages, row.tools, reference=answer)
+
+
+STAND_IN_TOKENS = 4
+"""That a stand-in for an answer may take, its end included."""
+
+
+@dataclass(frozen=True)
+class AskedRows:
+    """The rows of a file as prompts, for checks that look at rows with an answer: each has one of
+    one letter, and no other."""
+
+    rows: Rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, at: int) -> Row:
+        row = self.rows[at]
+        found = asked(row)
+        if found.prompt is not None:
+            return Row(row.line, prompt=found.prompt, completion="a")
+        answer = Message(role="assistant", content="a")
+        return Row(row.line, messages=(*found.messages, answer), tools=found.tools)
+
+    def size(self, at: int) -> int:
+        return self.rows.size(at)

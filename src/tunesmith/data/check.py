@@ -13,7 +13,7 @@ from tunesmith.data.fit import Cut, Overlong, fit_encoded
 from tunesmith.data.formats import Row, RowFault
 from tunesmith.data.measure import measure
 from tunesmith.data.render import NOTICES, Encoded, Renderer, TemplateError, TrainOn
-from tunesmith.data.rows import RowIndex
+from tunesmith.data.rows import Rows
 from tunesmith.errors import ValidationError
 from tunesmith.spec.chat import Message
 from tunesmith.spec.estimate import Measure
@@ -62,7 +62,7 @@ class Verdict(Strict):
 
 
 def check_tokens(
-    index: RowIndex,
+    index: Rows,
     renderer: Renderer,
     max_length: int,
     overlong: Overlong = "drop",

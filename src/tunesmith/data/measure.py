@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from tunesmith.data.fit import Cut, Fitted, fit
 from tunesmith.data.formats import Row, RowFault
 from tunesmith.data.render import Renderer, TemplateError
-from tunesmith.data.rows import RowIndex
+from tunesmith.data.rows import Rows
 from tunesmith.spec.estimate import Measure
 
 MOST_ROWS = 512
@@ -25,7 +25,7 @@ class Lengths:
     answers: int = 1
 
 
-def measure(index: RowIndex, renderer: Renderer, cut: Cut | None) -> Measure:
+def measure(index: Rows, renderer: Renderer, cut: Cut | None) -> Measure:
     """Look at up to `MOST_ROWS` rows, spread evenly. Without a cut they are documents to pack.
 
     Rows with faults count as left out.
@@ -46,7 +46,7 @@ def measure(index: RowIndex, renderer: Renderer, cut: Cut | None) -> Measure:
     )
 
 
-def _places(index: RowIndex) -> list[int]:
+def _places(index: Rows) -> list[int]:
     """Of `FEWEST_ROWS` up: as many as `MOST_BYTES` hold."""
     spread = _spread(len(index), MOST_ROWS)
     size = sum(map(index.size, spread))
@@ -60,7 +60,7 @@ def _spread(rows: int, most: int) -> list[int]:
     return [place * rows // count for place in range(count)]
 
 
-def _lengths(index: RowIndex, at: int, renderer: Renderer, cut: Cut | None) -> Lengths | None:
+def _lengths(index: Rows, at: int, renderer: Renderer, cut: Cut | None) -> Lengths | None:
     try:
         row = index[at]
         if cut is None:

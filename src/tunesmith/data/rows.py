@@ -5,7 +5,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from pydantic import Field
 
@@ -51,6 +51,16 @@ class FileReport(Strict):
     @property
     def is_usable(self) -> bool:
         return self.fault_count == 0
+
+
+class Rows(Protocol):
+    """Rows that can be looked at in any order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: int) -> Row: ...
+
+    def size(self, at: int) -> int: ...
 
 
 class RowIndex:

@@ -8,6 +8,7 @@ from tunesmith.errors import ValidationError
 TEACHING: tuple[Format, ...] = ("openai", "alpaca", "prompt_completion", "sharegpt", "text")
 PAIRED: tuple[Format, ...] = ("preference", "openai_preference", "scored")
 JUDGED: tuple[Format, ...] = ("unpaired", *PAIRED)
+ASKING: tuple[Format, ...] = ("prompts", *(one for one in TEACHING if one != "text"), *JUDGED)
 READ: Mapping[str, tuple[Format, ...]] = {
     "sft": TEACHING,
     "pretrain": ("text",),
@@ -17,6 +18,9 @@ READ: Mapping[str, tuple[Format, ...]] = {
     "simpo": PAIRED,
     "reward": PAIRED,
     "kto": JUDGED,
+    "grpo": ASKING,
+    "rloo": ASKING,
+    "ppo": ASKING,
 }
 """By method."""
 _SHAPES: Mapping[Format, str] = {
@@ -32,6 +36,7 @@ _SHAPES: Mapping[Format, str] = {
     "prompts": '{"prompt"} or {"messages"} that end with what is asked',
 }
 _ADVICE: Mapping[Format, str] = {
+    "prompts": "train on it with grpo, rloo or ppo",
     "unpaired": "train on it with kto",
     "preference": "train on it with dpo, kto, orpo, cpo, simpo or reward",
     "openai_preference": "train on it with dpo, kto, orpo, cpo, simpo or reward",

@@ -6,12 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.data.asked import STAND_IN_TOKENS, AskedRows
 from tunesmith.data.check import Verdict, check_tokens
 from tunesmith.data.fit import Cut
 from tunesmith.data.measure import measure
 from tunesmith.data.reading import Reading
 from tunesmith.data.render import TrainOn
-from tunesmith.data.rows import RowIndex
+from tunesmith.data.rows import RowIndex, Rows
 from tunesmith.errors import FailureClass, TuningAPIError
 from tunesmith.hub.data import Pinned
 from tunesmith.hub.downloads import Downloads
@@ -19,7 +20,7 @@ from tunesmith.hub.estimate import foretell
 from tunesmith.hub.folder import ModelFolder, read
 from tunesmith.spec.estimate import Measure
 from tunesmith.spec.records import Job
-from tunesmith.spec.train import Sft, TrainSpec, Tuning
+from tunesmith.spec.train import Reinforcing, Sft, TrainSpec, Tuning
 from tunesmith.store import catalog, jobs
 from tunesmith.store.tables import UNCHECKED
 
@@ -121,7 +122,11 @@ def _verdicts(hub: "Hub", job: Job) -> list[Verdict]:
         renderer = hub.renderer(folder, index.format)
         place = key(source.sha256 or "", renderer.digest, job.spec, folder)
         verdict = _kept(hub, place) or check_tokens(
-            index, renderer, max_length(job.spec, folder), job.spec.overlong, _train_on(job.spec)
+            _looked_at(job.spec, index),
+            renderer,
+            max_length(job.spec, folder),
+            job.spec.overlong,
+            _train_on(job.spec),
         )
         body = verdict.model_dump(mode="json")
         hub.store.write(partial(catalog.keep_verdict, key=place, verdict=body)).result()
@@ -140,7 +145,7 @@ def measured(hub: "Hub", spec: TrainSpec, folder: ModelFolder, part: Pinned) -> 
     if body is not None:
         return Measure.model_validate(body)
     with RowIndex.open(Path(part.source.path), reading) as index:
-        found = measure(index, renderer, cut_of(spec, folder))
+        found = measure(_looked_at(spec, index), renderer, cut_of(spec, folder))
     told = found.model_dump(mode="json")
     hub.store.write(lambda tx: catalog.keep_verdict(tx, place, told)).result()
     return found
@@ -154,8 +159,16 @@ def cut_of(spec: TrainSpec, folder: ModelFolder) -> Cut | None:
 
 
 def max_length(spec: Tuning, folder: ModelFolder) -> int:
-    """Tokens: what was asked for, or the model's context where it is shorter."""
-    return min(spec.max_length, folder.context_length or spec.max_length)
+    """Tokens: what was asked for, or the model's context where it is shorter. Of prompts, what
+    completions leave of that."""
+    longest = min(spec.max_length, folder.context_length or spec.max_length)
+    if not isinstance(spec, Reinforcing):
+        return longest
+    return max(1, longest - spec.max_completion_length) + STAND_IN_TOKENS
+
+
+def _looked_at(spec: TrainSpec, index: RowIndex) -> Rows:
+    return AskedRows(index) if isinstance(spec, Reinforcing) else index
 
 
 def _kept(hub: "Hub", key: str) -> Verdict | None:
@@ -166,7 +179,8 @@ def _kept(hub: "Hub", key: str) -> Verdict | None:
 def key(sha256: str, digest: str, spec: Tuning, folder: ModelFolder) -> str:
     """The name of a check: of a data set's content, a renderer, and what was asked for."""
     length = max_length(spec, folder)
-    kind = f"{length}:{spec.overlong}:{_train_on(spec)}"
+    learnt = "prompts" if isinstance(spec, Reinforcing) else _train_on(spec)
+    kind = f"{length}:{spec.overlong}:{learnt}"
     return f"tokens:{sha256}:{digest}:{kind}{Reading.by(spec.columns).key}"
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from tunesmith.hub import needs
 from tunesmith.hub.folder import ModelFolder
 from tunesmith.spec.estimate import Estimate, Measure
-from tunesmith.spec.train import Kto, Preference, Pretrain, TrainSpec
+from tunesmith.spec.train import Kto, Preference, Pretrain, Reinforcing, TrainSpec
 
 GUESSED_FLOPS = {False: 40e9, True: 50e12}
 """Useful ones in a second, of a CPU and of a GPU, before any job has run here."""
@@ -64,11 +64,16 @@ def flops_a_token(spec: TrainSpec, model: ModelFolder) -> float:
 
 
 def _epoch(spec: TrainSpec, measure: Measure) -> tuple[int, float, float]:
-    """Samples, tokens and labels of one epoch."""
+    """Samples, tokens and labels of one epoch; completions at their longest, drawing them not
+    counted."""
     rows = measure.rows * measure.usable
     tokens, labels = rows * measure.tokens, rows * measure.labels
     if isinstance(spec, Pretrain):
         return max(1, math.ceil(tokens / spec.sequence_length)), tokens, labels
+    if isinstance(spec, Reinforcing):
+        drawn = rows * spec.num_generations * spec.max_completion_length * spec.update_epochs
+        completions = rows * spec.num_generations * spec.update_epochs
+        return max(1, round(completions)), tokens * spec.update_epochs + drawn, drawn
     if isinstance(spec, Kto):
         return max(1, round(rows * measure.answers)), tokens, labels
     return max(1, round(rows)), tokens - rows * measure.shared, labels

@@ -140,12 +140,13 @@ class HostedModel(HostedDecoder):
             logits_RV = self._logit_rows(batch)
         return F.cross_entropy(logits_RV.float(), batch.targets_R, reduction="sum")
 
-    def log_probs(self, batch: FlatBatch) -> Tensor:
+    def log_probs(self, batch: FlatBatch, temperature: float = 1.0) -> Tensor:
         with self._precision():
             if self._ways.has_plain_head:
-                return self._with_head(linear_log_probs, self._hidden_rows(batch), batch.targets_R)
-            logits_RV = self._logit_rows(batch)
-        return -F.cross_entropy(logits_RV.float(), batch.targets_R, reduction="none")
+                hidden_RH = self._hidden_rows(batch)
+                return self._with_head(linear_log_probs, hidden_RH, batch.targets_R, temperature)
+            logits_RV = self._logit_rows(batch).float() / temperature
+        return -F.cross_entropy(logits_RV, batch.targets_R, reduction="none")
 
     @property
     def can_look_back(self) -> bool:
@@ -192,13 +193,21 @@ class HostedModel(HostedDecoder):
             self._outer.train(was_training)
 
     def _with_head(
-        self, function: Callable[..., Tensor], hidden_RH: Tensor, targets_R: Tensor
+        self,
+        function: Callable[..., Tensor],
+        hidden_RH: Tensor,
+        targets_R: Tensor,
+        temperature: float = 1.0,
     ) -> Tensor:
         """A function of hidden states, the head's weight, targets and the head's bias."""
         head = self._model.get_output_embeddings()
         dtype = self._autocast_dtype or head.weight.dtype
+        bias_V = head.bias
+        if temperature != 1:
+            hidden_RH = hidden_RH / temperature
+            bias_V = None if bias_V is None else bias_V / temperature
         with torch.autocast(hidden_RH.device.type, enabled=False):
-            return function(hidden_RH.to(dtype), head.weight.to(dtype), targets_R, head.bias)
+            return function(hidden_RH.to(dtype), head.weight.to(dtype), targets_R, bias_V)
 
     def _logit_rows(self, batch: FlatBatch) -> Tensor:
         return run_rows(self._model, batch, self._ways.is_flat)

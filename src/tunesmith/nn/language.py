@@ -64,7 +64,7 @@ class LanguageModel(Model, Protocol):
     def loss_sum(self, batch: FlatBatch) -> Tensor:
         """The sum, in fp32, of the label losses of the batch; differentiable."""
 
-    def log_probs(self, batch: FlatBatch) -> Tensor:
+    def log_probs(self, batch: FlatBatch, temperature: float = 1.0) -> Tensor:
         """The log-probability, in fp32, of each label (R,); differentiable. R is above 0."""
 
     @property

@@ -164,9 +164,11 @@ class LeanModel(LeanDecoder):
         hidden_RH = self._dressed().hidden_rows(batch, self._is_training)
         return linear_cross_entropy_sum(hidden_RH, self._head_VH, batch.targets_R)
 
-    def log_probs(self, batch: FlatBatch) -> Tensor:
+    def log_probs(self, batch: FlatBatch, temperature: float = 1.0) -> Tensor:
         batch = _rounded(batch, is_onednn(self._head_VH))
         hidden_RH = self._dressed().hidden_rows(batch, self._is_training)
+        if temperature != 1:
+            hidden_RH = hidden_RH / temperature
         return linear_log_probs(hidden_RH, self._head_VH, batch.targets_R)
 
     can_look_back = True

@@ -436,5 +436,5 @@ class Ppo(Reinforcing):
     optim: PpoOptim = PpoOptim()
 
 
-AnySpec = Sft | Pretrain | Preference | Kto | Orpo | Cpo | Simpo | Reward
+AnySpec = Sft | Pretrain | Preference | Kto | Orpo | Cpo | Simpo | Reward | Grpo | Rloo
 TrainSpec = Annotated[AnySpec, Field(discriminator="method")]

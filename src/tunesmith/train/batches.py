@@ -1,9 +1,10 @@
 """Which samples a step is made of, in which order they come, and in which passes they run."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
 _ROUNDS = 6
@@ -121,7 +122,7 @@ class Feed(Generic[S]):
         self.epoch_samples: int | None = None
         """Exact, once the first epoch has ended."""
         self._source = source
-        self._samples_a_step = samples_a_step
+        self.samples_a_step = samples_a_step
         self._taken = 0
         self._open(None)
 
@@ -132,7 +133,7 @@ class Feed(Generic[S]):
             if self._ahead is None:
                 raise self._source.nothing_usable()
         samples: list[S] = []
-        while self._ahead is not None and len(samples) < self._samples_a_step:
+        while self._ahead is not None and len(samples) < self.samples_a_step:
             samples.append(self._ahead)
             self._taken += 1
             self._read_ahead()
@@ -147,13 +148,16 @@ class Feed(Generic[S]):
     @property
     def progress(self) -> float:
         """Epochs done, with the share of the one under way."""
-        size = self.epoch_samples or self._source.expected()
-        return self.epoch + min(self._taken / size, 1.0)
+        return self.epoch + min(self._taken / self.samples_an_epoch, 1.0)
+
+    @property
+    def samples_an_epoch(self) -> float:
+        """An estimate in the first epoch."""
+        return self.epoch_samples or self._source.expected()
 
     @property
     def steps_an_epoch(self) -> int:
-        size = self.epoch_samples or self._source.expected()
-        return max(1, math.ceil(round(size, 6) / self._samples_a_step))
+        return max(1, math.ceil(round(self.samples_an_epoch, 6) / self.samples_a_step))
 
     def state(self) -> dict[str, Any]:
         return {
@@ -163,7 +167,14 @@ class Feed(Generic[S]):
             "source": self._position,
         }
 
-    def seek(self, state: dict[str, Any]) -> None:
+    @property
+    def told(self) -> Mapping[str, float]:
+        return {}
+
+    def kept(self) -> Mapping[str, Any]:
+        return {}
+
+    def seek(self, state: dict[str, Any], kept: Mapping[str, Any] = MappingProxyType({})) -> None:
         self.epoch, self._taken = state["epoch"], state["taken"]
         self.epoch_samples = state["epoch_samples"]
         self._open(state["source"])

@@ -222,6 +222,7 @@ class Job:
             kept=saved.kept if saved is not None else {},
             should_stop=lambda: self._asks.should_stop and self._group.size == 1,
             tell=self._tell_measured,
+            warn=self._notice,
         )
         inputs = self._task.inputs
         rows = Data(opened.rows, inputs.dataset, self._spec.optim.seed, "train")
@@ -260,7 +261,7 @@ class Job:
                 plan=self._plan,
                 model=opened.model,
                 objective=method.objective,
-                feed=Feed(method.source, samples),
+                feed=method.feed(samples),
                 evaluation=held_out,
                 kept={**method.kept, **(evaluation.kept if evaluation is not None else {})},
                 shelf=self._shelf(),

@@ -26,6 +26,7 @@ from tunesmith.train.parallel import Group
 from tunesmith.train.process import Asks
 from tunesmith.train.report import finite, finite_only
 from tunesmith.train.schedule import learning_rate
+from tunesmith.train.steps import Steps
 
 BAD_STEPS = 3
 """In a row, without a finite loss and gradient, before a job is given up."""
@@ -57,7 +58,7 @@ class Parts:
     plan: Plan
     model: Model
     objective: Objective[Any]
-    feed: Feed[Any]
+    feed: Steps[Any]
     evaluation: Evaluation | None
     kept: Mapping[str, torch.Tensor]
     """Tensors that every checkpoint is to hold beside."""
@@ -74,9 +75,10 @@ class Loop:
         self._parts = parts
         self._run, self._optim = parts.spec.run, parts.spec.optim
         self._model, self._feed, self._group = parts.model, parts.feed, parts.group
-        self._optimizer = Optimizer(parts.model.trainable(), parts.spec.optim)
+        self._trained = {**parts.model.trainable(), **parts.objective.beside}
+        self._optimizer = Optimizer(self._trained, parts.spec.optim)
         self.counts = Counts()
-        self._position = parts.feed.state()
+        self._mark()
         self._saved_step: int | None = None
         self._saved_at = time.monotonic()
         self._untold = (0, 0.0)
@@ -113,8 +115,8 @@ class Loop:
         self._model.load_weights(weights)
         self._optimizer.restore(saved.optimizer)
         self.counts = Counts(**saved.state["counts"])
-        self._feed.seek(saved.state["feed"])
-        self._position = self._feed.state()
+        self._feed.seek(saved.state["feed"], saved.kept)
+        self._mark()
         self._saved_step = self.counts.step
         randomness.restore(self._group.mine(saved.random), self._parts.plan.device)
 
@@ -125,10 +127,14 @@ class Loop:
             if should_stop or not self._step():
                 self._save()
                 return False
-            self._position = self._feed.state()
+            self._mark()
             self._look_around()
         self._save()
         return True
+
+    def _mark(self) -> None:
+        """Where a checkpoint of now goes on from: a step that is broken off may take more."""
+        self._position, self._kept = self._feed.state(), self._feed.kept()
 
     def _step(self) -> bool:
         """One update. False where a stop came before there was anything to train on."""
@@ -157,7 +163,7 @@ class Loop:
             total = total + loss.detach().double()
             totals_M2 = totals_M2.to(measured.totals_M2.device) + measured.totals_M2
         mean, *numbers = self._group.add_up(float(total), *totals_M2.flatten().tolist())
-        self._group.add_gradients(self._model.trainable().values())
+        self._group.add_gradients(self._trained.values())
         return Pass(
             loss=mean,
             tokens=sum(sample.tokens for sample in samples),
@@ -212,7 +218,7 @@ class Loop:
                 peak_memory_bytes=peak_bytes(self._parts.plan.device),
                 cpu_seconds=round(time.process_time(), 3),
                 eta_seconds=self.counts.seconds_for(self.total_steps - step),
-                metrics=done.metrics,
+                metrics={**finite_only(dict(self._feed.told)), **done.metrics},
             )
         )
 
@@ -274,7 +280,7 @@ class Loop:
             optimizer=self._optimizer.state(),
             random=self._group.gather(randomness.capture(self._parts.plan.device)),
             state=self._state(),
-            kept=self._parts.kept,
+            kept={**self._parts.kept, **self._kept},
         )
 
     def _state(self) -> dict[str, Any]:

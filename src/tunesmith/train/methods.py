@@ -10,18 +10,42 @@ from torch import Tensor
 from tunesmith.data.fit import Cut
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import RowIndex
+from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.spec.pipe import Plan, TrainerTask
-from tunesmith.spec.train import Cpo, Kto, Orpo, Preference, Pretrain, Reward, Sft, Simpo
+from tunesmith.spec.train import (
+    Cpo,
+    Grpo,
+    Kto,
+    Orpo,
+    Preference,
+    Pretrain,
+    Reinforcing,
+    Reward,
+    Rloo,
+    Sft,
+    Simpo,
+)
+from tunesmith.train.alarms import Alarms
 from tunesmith.train.batches import Feed, Source
+from tunesmith.train.frozen import Frozen
+from tunesmith.train.grpo import GrpoLoss
 from tunesmith.train.kto import JudgedReader, KtoLoss
+from tunesmith.train.leash import Leash
 from tunesmith.train.objective import Ground, Objective
 from tunesmith.train.pairs import PairReader
 from tunesmith.train.preference import CpoLoss, DpoLoss, OrpoLoss
 from tunesmith.train.pretrain import BlockSource
+from tunesmith.train.prompts import PromptReader
 from tunesmith.train.reference import Reference, key_of, walk
 from tunesmith.train.reward import RewardLoss
+from tunesmith.train.rewarded import RewardedDraws
+from tunesmith.train.rewards import open_rewarders
+from tunesmith.train.rloo import RlooLoss
+from tunesmith.train.rollout import Rollouts, Wish
+from tunesmith.train.rounds import Drawer, RoundFeed, Rounds
 from tunesmith.train.sft import LabelLoss, SampleReader
 from tunesmith.train.source import RowSource
+from tunesmith.train.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -38,6 +62,8 @@ class Stage:
     should_stop: Callable[[], bool]
     tell: Callable[[int, int], None]
     """Steps measured and to be measured before the first update."""
+    warn: Callable[[str, str], None]
+    """Of what is worth reading: a code and a sentence."""
 
     @property
     def samples_a_step(self) -> int:
@@ -61,6 +87,11 @@ class Method:
     objective: Objective[Any]
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     """What every checkpoint is to hold."""
+    steps: Callable[[int], Steps[Any]] | None = None
+    """Where samples for steps of so many come from, if not one after the other from the source."""
+
+    def feed(self, samples_a_step: int) -> Steps[Any]:
+        return self.steps(samples_a_step) if self.steps else Feed(self.source, samples_a_step)
 
 
 def ready(stage: Stage, data: Data) -> Method:
@@ -89,6 +120,8 @@ def ready(stage: Stage, data: Data) -> Method:
             return Method(_pairs(stage, data), CpoLoss(spec, stage.ground))
         case Reward() as spec:
             return Method(_pairs(stage, data), RewardLoss(spec, stage.ground))
+        case Grpo() | Rloo() as spec:
+            return _reinforced(stage, data, spec)
 
 
 def _cut(stage: Stage, **more: Any) -> Cut:
@@ -143,3 +176,52 @@ def _measured(
         steps = _steps(stage, data, source.places)
         objective.measure(walk(feed, steps, stage.should_stop, stage.tell))
     return Method(source, objective, reference.kept(data.name))
+
+
+def _reinforced(stage: Stage, data: Data, spec: Grpo | Rloo) -> Method:
+    prompts = _rows(stage, data, PromptReader(stage.renderer, _prompt_cut(stage, spec)))
+    drawer = _drawer(stage, data, spec)
+    if data.seed is None:
+        return Method(prompts, RewardedDraws(spec, stage.ground, drawer))
+    loss = GrpoLoss(spec, stage.ground) if isinstance(spec, Grpo) else RlooLoss(spec, stage.ground)
+    rounds = Rounds(
+        spec=spec,
+        ground=stage.ground,
+        drawer=drawer,
+        frozen=Frozen(stage.ground.model),
+        estimate=loss.estimate,
+        leash=Leash(spec.first_beta, spec.kl_target, spec.kl_gain),
+        is_exact=stage.plan.precision == "fp32",
+    )
+    asked = spec.rollout_batch_size * stage.ground.group.size
+    alarms = Alarms(stage.warn, spec.kl_target)
+    return Method(
+        prompts,
+        loss,
+        steps=lambda samples: RoundFeed(Feed(prompts, asked), rounds, samples, alarms),
+    )
+
+
+def _prompt_cut(stage: Stage, spec: Reinforcing) -> Cut:
+    """What completions leave of the longest length."""
+    room = stage.max_length - spec.max_completion_length
+    if room < 1:
+        raise JobFailure(
+            FailureClass.USER_ERROR,
+            f"max_completion_length {spec.max_completion_length:,} leaves no room for a prompt: "
+            f"the model's context of {stage.max_length:,} tokens holds both",
+            "lower max_completion_length",
+        )
+    return Cut(room, spec.overlong)
+
+
+def _drawer(stage: Stage, data: Data, spec: Reinforcing) -> Drawer:
+    wish = Wish(
+        max_new_tokens=spec.max_completion_length,
+        stop_ids=stage.renderer.stop_ids,
+        temperature=spec.temperature,
+        top_p=spec.top_p,
+        top_k=spec.top_k,
+    )
+    rollouts = Rollouts(stage.ground.model, stage.ground.device, should_stop=stage.should_stop)
+    return Drawer(rollouts, wish, open_rewarders(spec.rewards), data.rows, stage.renderer)

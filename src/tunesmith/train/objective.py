@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunesmith.train.batches import S, Sized, split
 from tunesmith.train.parallel import Group
@@ -32,6 +32,11 @@ class Objective(Protocol[S_contra]):
 
     names: ClassVar[tuple[str, ...]] = ()
     """Of the metrics, as in `Measured.totals_M2`."""
+
+    @property
+    def beside(self) -> Mapping[str, nn.Parameter]:
+        """What is trained beside the model; the method's feed keeps it for checkpoints."""
+        return {}
 
     def units(self, samples: Sequence[S_contra]) -> int:
         """What the loss of a step is the mean over: labels, or pairs. Above 0."""

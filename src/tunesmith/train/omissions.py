@@ -13,6 +13,7 @@ REASONS = {
     "truncated": "cut to max_length",
     "masked": "without a token to learn from",
     "alike": "whose answers become the same tokens",
+    "empty": "that ask nothing",
 }
 
 

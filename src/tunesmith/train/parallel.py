@@ -95,6 +95,22 @@ class Group:
             if (name.startswith(prefix) if prefix else "/" not in name)
         }
 
+    def exchange(self, body: bytes) -> list[bytes]:
+        """Every process's bytes, in the order of ranks."""
+        if self.size == 1:
+            return [body]
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        distributed.all_gather(lengths, torch.tensor([len(body)]))
+        longest = max(int(length) for length in lengths)
+        mine = torch.zeros(longest, dtype=torch.uint8)
+        mine[: len(body)] = torch.frombuffer(bytearray(body), dtype=torch.uint8)
+        parts = [torch.zeros_like(mine) for _ in range(self.size)]
+        distributed.all_gather(parts, mine)
+        return [
+            bytes(part[: int(length)].numpy().tobytes())
+            for part, length in zip(parts, lengths, strict=True)
+        ]
+
     def tell(self, body: bytes) -> bytes:
         """Rank 0's bytes, on every process."""
         if self.size == 1:

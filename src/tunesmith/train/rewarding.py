@@ -20,10 +20,13 @@ class Judged:
 
 
 class Rewarder(Protocol):
-    names: tuple[str, ...]
-    """Of the sources, for metrics; all different."""
-    weights: tuple[float, ...]
-    """What each counts in the total."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sources, for metrics; all different."""
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """What each counts in the total."""
 
     def score(self, judged: Sequence[Judged]) -> list[list[float]]:
         """One list for each completion, with a finite value for each name, not yet weighed.

@@ -3,7 +3,7 @@
 B sequences of a batch, A of them still going on, V vocabulary entries.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from tunesmith.nn.language import LanguageModel
 from tunesmith.nn.past import Decoding
 from tunesmith.nn.sampling import keep_top_k, keep_top_p, pick, tempered, uniforms
+from tunesmith.train.batches import Interrupted
 
 _COPIES = 1 << 20
 """More than there are completions of one prompt: each has random numbers of its own."""
@@ -55,6 +56,7 @@ class Rollouts:
     device: str = "cpu"
     cache_tokens: int = 1 << 16
     """Of keys and values held at once, prompts and what may become of them together."""
+    should_stop: Callable[[], bool] = lambda: False
 
     @torch.no_grad()
     def sample(
@@ -70,7 +72,7 @@ class Rollouts:
 
         The random number of a token hangs on the seed, its prompt's place (of the `places` given,
         else among the prompts), which of the n it belongs to, and its index. A prompt has at least
-        one token, and leaves the context room for another.
+        one token, and leaves the context room for another. Raises Interrupted at a stop.
         """
         found: dict[int, list[Completion]] = {}
         for batch in self._batches(prompts, wish, n):
@@ -107,7 +109,7 @@ class _Going:
         limits = [min(wish.max_new_tokens, context - len(one)) for one in prompts]
         assert min(limits) > 0, "a prompt leaves no room in the context"
         device = rollouts.device
-        self._wish = wish
+        self._wish, self._should_stop = wish, rollouts.should_stop
         self._decoding = Decoding(rollouts.model, prompts, n, device)
         self._stop_ids = torch.tensor(sorted(wish.stop_ids), device=device, dtype=torch.int64)
         self._limits_A = torch.tensor(limits, device=device).repeat_interleave(n)
@@ -117,7 +119,7 @@ class _Going:
         """Their rows, and what was drawn for them."""
 
     def run(self, seed: int, streams_B: Tensor) -> None:
-        while True:
+        while not self._should_stop():
             at = len(self._steps)
             if at % _NUMBERS == 0:
                 numbers_BC = uniforms(seed, streams_B, at, _NUMBERS)
@@ -129,6 +131,7 @@ class _Going:
                 return
             self._decoding.step(drawn.ids, ~is_over_A)
             self._rows_A, self._limits_A = self._rows_A[~is_over_A], self._limits_A[~is_over_A]
+        raise Interrupted
 
     def completions(self, prompts: Sequence[int]) -> list[Completion]:
         """Of all the batch's sequences, in order; `prompts` are the places of what they answer."""
