@@ -12,12 +12,13 @@ from task_files import LORA, SFT
 from tunesmith.errors import ValidationError
 from tunesmith.spec import yaml_guard
 from tunesmith.spec.places import at
+from tunesmith.spec.rewards import ExactMatch
 from tunesmith.spec.tasks.keys import KEYS
 from tunesmith.spec.tasks.metrics import contract_metrics
 from tunesmith.spec.tasks.overrides import overridden
 from tunesmith.spec.tasks.table import table
 from tunesmith.spec.tasks.tasks import TASKS
-from tunesmith.spec.train import Kto, Lora, Preference, Reward, Sft
+from tunesmith.spec.train import Grpo, Kto, Lora, Preference, Reward, Sft
 from tunesmith.spec.written import interpret, parse
 
 ROWS = "model_name: m\ndataset: d\n"
@@ -209,6 +210,21 @@ def test_a_value_is_read_as_its_writer_meant_it(line: str, place: str, value: An
     assert at(found.model_dump(), place) == value
 
 
+def test_reinforcement_is_asked_for_in_the_contracts_words() -> None:
+    found = parse(
+        f"{RL_ROWS}algorithm: grpo\nrollout_batch_size: 16\nupdate_epochs: 4\nkl_target: 0.1\n"
+        "epsilon: 0.3\nscale_rewards: false\nrewards: exact_match\n"
+    ).spec
+    assert isinstance(found, Grpo)
+    assert (found.rollout_batch_size, found.update_epochs, found.kl_target) == (16, 4, 0.1)
+    assert (found.epsilon, found.scale_rewards) == (0.3, "none")
+    assert found.rewards == (ExactMatch(),)
+    [fault] = faults(f"{RL_ROWS}algorithm: grpo\nrewards: exact_mach\n")
+    assert "'line', 5, 'rewards'" in fault
+    [fault] = faults(f"{RL_ROWS}kl_target: 0.1\n")
+    assert "means nothing to this algorithm; it is for grpo and rloo" in fault
+
+
 def test_adapters_are_trained_in_rl_once_they_are_spoken_of() -> None:
     for line in ("use_lora: true", "lora_r: 8", "use_8bit: true"):
         assert isinstance(parse(f"{RL_ROWS}{line}").spec.lora, Lora), line  # type: ignore[union-attr]
@@ -266,7 +282,7 @@ def test_metrics_have_the_contracts_names() -> None:
     step = {
         "loss": 1.0,
         "grad_norm": None,
-        "metrics": {"reward": 0.5, "kl": 2, "rewards/margins": 1},
+        "metrics": {"reward/mean": 0.5, "kl_divergence": 2, "rewards/margins": 1},
     }
     assert contract_metrics("step", step) == {
         "train/loss": 1.0,

@@ -67,3 +67,9 @@ def only(right: str, advice: str) -> Reading:
             raise ValueError(advice)
 
     return read
+
+
+def rewards(value: Any) -> Any:
+    """One source or a list of them, each a mapping with its `kind`, or the kind alone."""
+    listed = value if isinstance(value, list) else [value]
+    return [{"kind": one} if isinstance(one, str) else one for one in listed]

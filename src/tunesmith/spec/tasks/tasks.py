@@ -9,11 +9,13 @@ from tunesmith.spec.tasks.keys import GLOBAL_BATCH, KEYS, OUTPUT_DIR, Key
 from tunesmith.spec.train import (
     AnySpec,
     Cpo,
+    Grpo,
     Kto,
     Orpo,
     Preference,
     Pretrain,
     Reward,
+    Rloo,
     Sft,
     Simpo,
 )
@@ -73,6 +75,8 @@ TASKS: Mapping[str, Task] = {
                 "cpo": Cpo,
                 "simpo": Simpo,
                 "reward": Reward,
+                "grpo": Grpo,
+                "rloo": Rloo,
             },
             _FULL,
         ),
