@@ -35,7 +35,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("{model: m, dataset: d, epoch: 3}", "did you mean 'optim.epochs'?"),
         ("{model: m}", "'dataset' is missing"),
         ("{model: m, dataset: d, method: stf}", "write sft, pretrain, dpo,"),
-        ("{model: m, dataset: d, method: [1]}", "reward, grpo or rloo"),
+        ("{model: m, dataset: d, method: [1]}", "grpo, rloo or ppo"),
         ("{model: m, dataset: d, optim: {epochs: -1}}", "optim.epochs: input should be greater"),
         ("{model: m, dataset: d, optim: {epochs: many}}", "optim.epochs: "),
         ("{model: m, dataset: d, method: dpo, bta: 1}", "did you mean 'beta'?"),

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from nn_fixtures import HOSTED, LEAN, Outcome, largest_difference, load, write_model
 from tunesmith.nn.language import open_model
-from tunesmith.spec.train import Grpo, Rloo
+from tunesmith.spec.train import Grpo, Ppo, Rloo
 from tunesmith.train.advantages import generalised, leave_one_out, of_group, whitened
 from tunesmith.train.episodes import Episodes
 from tunesmith.train.grpo import GrpoLoss
 from tunesmith.train.leash import Leash
 from tunesmith.train.objective import Ground, Objective
 from tunesmith.train.parallel import Group
+from tunesmith.train.ppo import PpoLoss, ValueHead
 from tunesmith.train.rloo import RlooLoss
 from tunesmith.train.surrogate import Clip, clipped, clipped_value, is_clipped, k1, k3
 
@@ -128,8 +129,9 @@ class Case:
         model = load(folder)
         with torch.no_grad():
             now = [log_probs(model, number) for number in range(len(SIZES))]
-        old = [each + 0.3 * torch.randn(each.shape, generator=DICE) for each in now]
-        away = [each + 0.5 * torch.randn(each.shape, generator=DICE) for each in now]
+        dice = torch.Generator().manual_seed(12)
+        old = [each + 0.3 * torch.randn(each.shape, generator=dice) for each in now]
+        away = [each + 0.5 * torch.randn(each.shape, generator=dice) for each in now]
         return cls(model, old, away)
 
     def episodes(self, **more: Tensor) -> Episodes:
@@ -178,6 +180,29 @@ def rloo_loss(case: Case, spec: Rloo) -> Tensor:
     return torch.stack(losses).mean()
 
 
+WIDTH = 64
+HEAD = torch.randn(WIDTH, generator=DICE)
+VALUES = torch.randn(sum(SIZES), generator=DICE)
+RETURNS = torch.randn(sum(SIZES), generator=DICE)
+
+
+def ppo_loss(case: Case, spec: Ppo, head: Tensor) -> Tensor:
+    losses = []
+    parts = [each.split(list(SIZES)) for each in (VALUES, RETURNS)]
+    for number, (old_value, target) in enumerate(zip(*parts, strict=True)):
+        prompt, told = PROMPTS[number // 3], COMPLETIONS[number]
+        ids = torch.tensor([[*prompt, *told]])
+        out = case.model.base_model(input_ids=ids).last_hidden_state[0]
+        value = out[len(prompt) - 1 : -1] @ head
+        near = torch.clamp(value, old_value - spec.value_epsilon, old_value + spec.value_epsilon)
+        error = torch.max((value - target) ** 2, (near - target) ** 2)
+        ratio = torch.exp(log_probs(case.model, number) - case.old[number])
+        bounded = torch.clamp(ratio, 1 - spec.epsilon, 1 + spec.epsilon)
+        gain = torch.min(ratio * ADVANTAGES[number], bounded * ADVANTAGES[number])
+        losses.append(-gain + spec.value_weight * 0.5 * error)
+    return torch.cat(losses).mean()
+
+
 def our_outcome(objective: Objective[Any], episodes: Episodes, budget: int) -> Outcome:
     bundles = episodes.bundles([3, 4, 5, 0, 2, 1], budget)
     loss: Tensor = sum(one.loss for one in objective.passes(bundles)) / objective.units(bundles)
@@ -205,6 +230,8 @@ def their_outcome(case: Case, loss: Tensor) -> Outcome:
         ("phi", "dapo"),
         ("gemma2", "grpo"),
         ("gpt2", "rloo"),
+        ("llama, grouped queries", "ppo"),
+        ("phi", "ppo"),
     ],
 )
 def test_a_step_is_the_one_in_plain_torch(name, loss, budget, tmp_path):
@@ -220,13 +247,38 @@ def test_a_step_is_the_one_in_plain_torch(name, loss, budget, tmp_path):
     model = open_model(folder, lora=None, has_dropout=False)
     ground = Ground(model, "cpu", budget, Group())
     objective: Objective[Any]
-    if loss == "rloo":
+    by_token: dict[str, Tensor] = {}
+    if loss == "ppo":
+        ppo, head = Ppo.model_validate(common), HEAD.clone().requires_grad_()
+        ours_head = ValueHead(WIDTH, "cpu")
+        with torch.no_grad():
+            ours_head.weight_H.copy_(HEAD)
+        objective, theirs = PpoLoss(ppo, ground, ours_head), ppo_loss(case, ppo, head)
+        by_token = {"value": VALUES, "return": RETURNS}
+    elif loss == "rloo":
         rloo = Rloo.model_validate(common)
         objective, theirs = RlooLoss(rloo, ground), rloo_loss(case, rloo)
     else:
         grpo = Grpo.model_validate({**common, "loss": loss, "epsilon_high": 0.28})
         objective, theirs = GrpoLoss(grpo, ground), grpo_loss(case, grpo)
-    ours = our_outcome(objective, case.episodes(), budget)
+    ours = our_outcome(objective, case.episodes(**by_token), budget)
     expected = their_outcome(case, theirs)
-    assert ours.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert ours.loss == pytest.approx(expected.loss, rel=1e-4, abs=1e-6)
     assert largest_difference(ours, expected) < 1e-4
+    if loss == "ppo":
+        assert ours_head.weight_H.grad == pytest.approx(head.grad, rel=1e-4, abs=1e-6)
+
+
+def test_rewards_of_ppo_are_the_completions_last_and_less_what_divergence_costs(tmp_path):
+    model = open_model(write_model(LEAN["gpt2"], tmp_path), lora=None)
+    spec = Ppo.model_validate({"model": "m", "dataset": "d", "rewards": MATCH, "lam": 1.0})
+    loss = PpoLoss(spec, Ground(model, "cpu", 1000, Group()), ValueHead(64, "cpu"))
+    old = [torch.zeros(size) for size in SIZES]
+    case = Case(None, old, [each - 1 for each in old])
+    found = loss.estimate(case.episodes(), torch.arange(6.0))
+    returns = found["return"].split(list(SIZES))
+    # What is still to come: the reward, less 0.1 for every token from here on.
+    expected = [4 - 0.1 * left for left in range(9, 0, -1)]
+    assert returns[4] == pytest.approx(torch.tensor(expected), abs=1e-5)
+    assert found["advantage"].mean() == pytest.approx(0, abs=1e-6)
+    assert not found["value"].any()

@@ -13,7 +13,7 @@ from tunesmith.data.formats import Row
 from tunesmith.data.render import Renderer
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.spec.chat import Message
-from tunesmith.spec.train import Grpo, Lora, Rloo, Run
+from tunesmith.spec.train import Grpo, Lora, Ppo, Rloo, Run
 from tunesmith.train.alarms import Alarms
 from tunesmith.train.process import Asks
 from tunesmith.train.prompts import prompt_ids
@@ -50,10 +50,19 @@ def metrics_of(events):
 
 
 @pytest.mark.parametrize(
-    ("kind", "lora"), [(Grpo, None), (Grpo, Lora(rank=4)), (Rloo, Lora(rank=4))]
+    ("kind", "lora"),
+    [
+        (Grpo, None),
+        (Grpo, Lora(rank=4)),
+        (Rloo, Lora(rank=4)),
+        (Ppo, None),
+        (Ppo, Lora(rank=4)),
+    ],
 )
 def test_a_run_goes_on_from_any_step_to_the_same_bits(place, kind, lora):
-    spec = tuned(kind, **(ROUNDS | {"num_generations": 8}), lora=lora, run=EACH_STEP)
+    size = {} if kind is Ppo else {"num_generations": 8}
+    size |= {"rollout_batch_size": 32} if kind is Ppo else {}
+    spec = tuned(kind, **(ROUNDS | size), lora=lora, run=EACH_STEP)
     whole = run_here(place.task(spec))
     saved = {event["step"]: event["path"] for event in whole.of("checkpointed")}
     for step in (4, random.randrange(1, 10)):

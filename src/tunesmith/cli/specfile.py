@@ -10,7 +10,7 @@ from tunesmith.spec.train import AnySpec
 
 EXAMPLE = """\
 # A LoRA fine-tune. Paths are relative to the folder you start it from.
-method: sft                   # or pretrain, dpo, kto, orpo, cpo, simpo, reward, grpo, rloo
+method: sft                   # or pretrain, dpo, kto, orpo, cpo, simpo, reward, grpo, rloo, ppo
 model: models/base            # a folder with config.json, weights and a tokenizer
 dataset: data/train.jsonl     # {"messages": [...]}, Alpaca, prompt/completion or ShareGPT
 # eval_dataset: data/eval.jsonl

@@ -141,12 +141,30 @@ class HostedModel(HostedDecoder):
         return F.cross_entropy(logits_RV.float(), batch.targets_R, reduction="sum")
 
     def log_probs(self, batch: FlatBatch, temperature: float = 1.0) -> Tensor:
+        if self._ways.has_plain_head:
+            return self.log_probs_and_states(batch, temperature)[0]
         with self._precision():
-            if self._ways.has_plain_head:
-                hidden_RH = self._hidden_rows(batch)
-                return self._with_head(linear_log_probs, hidden_RH, batch.targets_R, temperature)
             logits_RV = self._logit_rows(batch).float() / temperature
         return -F.cross_entropy(logits_RV, batch.targets_R, reduction="none")
+
+    def states(self, batch: FlatBatch) -> Tensor:
+        with self._precision():
+            return self._hidden_rows(batch)
+
+    def log_probs_and_states(
+        self, batch: FlatBatch, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Where the head is not plain, all layers run twice."""
+        hidden_RH = self.states(batch)
+        if not self._ways.has_plain_head:
+            return self.log_probs(batch, temperature), hidden_RH
+        with self._precision():
+            found = self._with_head(linear_log_probs, hidden_RH, batch.targets_R, temperature)
+        return found, hidden_RH
+
+    @property
+    def width(self) -> int:
+        return int(self._model.config.get_text_config().hidden_size)
 
     @property
     def can_look_back(self) -> bool:

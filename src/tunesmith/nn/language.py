@@ -68,6 +68,18 @@ class LanguageModel(Model, Protocol):
         """The log-probability, in fp32, of each label (R,); differentiable. R is above 0."""
 
     @property
+    def width(self) -> int:
+        """Of hidden states."""
+
+    def states(self, batch: FlatBatch) -> Tensor:
+        """What the head is given, (R, H); differentiable. Targets are not looked at."""
+
+    def log_probs_and_states(
+        self, batch: FlatBatch, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """`log_probs` and `states` in one."""
+
+    @property
     def can_look_back(self) -> bool:
         """Whether there is `next_logits`, and `logits` fills a batch's `kept`."""
 

@@ -156,6 +156,7 @@ class LeanModel(LeanDecoder):
     ) -> None:
         super().__init__(config, stack, head, plan)
         self._head_VH = self._plain.get(HEAD, self._plain[stack.embedding_name])
+        self.width = int(self._head_VH.shape[1])
 
     def loss_sum(self, batch: FlatBatch) -> Tensor:
         if not batch.labels:
@@ -165,11 +166,18 @@ class LeanModel(LeanDecoder):
         return linear_cross_entropy_sum(hidden_RH, self._head_VH, batch.targets_R)
 
     def log_probs(self, batch: FlatBatch, temperature: float = 1.0) -> Tensor:
+        return self.log_probs_and_states(batch, temperature)[0]
+
+    def states(self, batch: FlatBatch) -> Tensor:
         batch = _rounded(batch, is_onednn(self._head_VH))
-        hidden_RH = self._dressed().hidden_rows(batch, self._is_training)
-        if temperature != 1:
-            hidden_RH = hidden_RH / temperature
-        return linear_log_probs(hidden_RH, self._head_VH, batch.targets_R)
+        return self._dressed().hidden_rows(batch, self._is_training)
+
+    def log_probs_and_states(
+        self, batch: FlatBatch, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        hidden_RH = self.states(batch)
+        warm_RH = hidden_RH if temperature == 1 else hidden_RH / temperature
+        return linear_log_probs(warm_RH, self._head_VH, batch.targets_R), hidden_RH
 
     can_look_back = True
 

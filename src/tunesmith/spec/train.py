@@ -436,5 +436,5 @@ class Ppo(Reinforcing):
     optim: PpoOptim = PpoOptim()
 
 
-AnySpec = Sft | Pretrain | Preference | Kto | Orpo | Cpo | Simpo | Reward | Grpo | Rloo
+AnySpec = Sft | Pretrain | Preference | Kto | Orpo | Cpo | Simpo | Reward | Grpo | Rloo | Ppo
 TrainSpec = Annotated[AnySpec, Field(discriminator="method")]

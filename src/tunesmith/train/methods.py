@@ -17,6 +17,7 @@ from tunesmith.spec.train import (
     Grpo,
     Kto,
     Orpo,
+    Ppo,
     Preference,
     Pretrain,
     Reinforcing,
@@ -33,6 +34,7 @@ from tunesmith.train.kto import JudgedReader, KtoLoss
 from tunesmith.train.leash import Leash
 from tunesmith.train.objective import Ground, Objective
 from tunesmith.train.pairs import PairReader
+from tunesmith.train.ppo import PpoLoss, ValueHead
 from tunesmith.train.preference import CpoLoss, DpoLoss, OrpoLoss
 from tunesmith.train.pretrain import BlockSource
 from tunesmith.train.prompts import PromptReader
@@ -120,7 +122,7 @@ def ready(stage: Stage, data: Data) -> Method:
             return Method(_pairs(stage, data), CpoLoss(spec, stage.ground))
         case Reward() as spec:
             return Method(_pairs(stage, data), RewardLoss(spec, stage.ground))
-        case Grpo() | Rloo() as spec:
+        case Grpo() | Rloo() | Ppo() as spec:
             return _reinforced(stage, data, spec)
 
 
@@ -178,12 +180,21 @@ def _measured(
     return Method(source, objective, reference.kept(data.name))
 
 
-def _reinforced(stage: Stage, data: Data, spec: Grpo | Rloo) -> Method:
+def _reinforced(stage: Stage, data: Data, spec: Grpo | Rloo | Ppo) -> Method:
     prompts = _rows(stage, data, PromptReader(stage.renderer, _prompt_cut(stage, spec)))
     drawer = _drawer(stage, data, spec)
     if data.seed is None:
         return Method(prompts, RewardedDraws(spec, stage.ground, drawer))
-    loss = GrpoLoss(spec, stage.ground) if isinstance(spec, Grpo) else RlooLoss(spec, stage.ground)
+    loss: GrpoLoss | RlooLoss | PpoLoss
+    head: ValueHead | None = None
+    match spec:
+        case Grpo():
+            loss = GrpoLoss(spec, stage.ground)
+        case Rloo():
+            loss = RlooLoss(spec, stage.ground)
+        case Ppo():
+            head = ValueHead(stage.ground.model.width, stage.ground.device)
+            loss = PpoLoss(spec, stage.ground, head)
     rounds = Rounds(
         spec=spec,
         ground=stage.ground,
@@ -198,7 +209,7 @@ def _reinforced(stage: Stage, data: Data, spec: Grpo | Rloo) -> Method:
     return Method(
         prompts,
         loss,
-        steps=lambda samples: RoundFeed(Feed(prompts, asked), rounds, samples, alarms),
+        steps=lambda samples: RoundFeed(Feed(prompts, asked), rounds, samples, alarms, head),
     )
 
 

@@ -6,7 +6,7 @@ G prompts, n completions of each, N of all, T tokens of all completions, K sourc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -187,6 +187,14 @@ class Rounds:
         return told
 
 
+class Beside(Protocol):
+    """What is trained beside the model."""
+
+    def kept(self) -> Mapping[str, Tensor]: ...
+
+    def take(self, kept: Mapping[str, Tensor]) -> None: ...
+
+
 @dataclass
 class RoundFeed:
     """See `Steps`: a round is made when its first step is asked for.
@@ -199,9 +207,8 @@ class RoundFeed:
     rounds: Rounds
     completions_a_step: int
     alarms: Alarms
-    kept_beside: Callable[[], Mapping[str, Tensor]] = dict
-    """What else checkpoints are to hold; its names are given back to `take_beside`."""
-    take_beside: Callable[[Mapping[str, Tensor]], None] = lambda _: None
+    beside: Beside | None = None
+    """What else checkpoints are to hold."""
     told: dict[str, float] = field(default_factory=dict)
     _number: int = 0
     _at: int = 0
@@ -286,7 +293,8 @@ class RoundFeed:
 
     def kept(self) -> Mapping[str, Tensor]:
         """Of a round under way, all of it."""
-        beside = {f"beside/{name}": one for name, one in self.kept_beside().items()}
+        kept = {} if self.beside is None else self.beside.kept()
+        beside = {f"beside/{name}": one for name, one in kept.items()}
         if self._episodes is None or not self._is_under_way:
             return beside
         return beside | {f"round/{name}": one for name, one in self._episodes.state.items()}
@@ -296,7 +304,8 @@ class RoundFeed:
         self._number, self.told = state["number"], state["told"]
         self.rounds.leash.beta = state["beta"]
         self.alarms.recall(state["alarms"])
-        self.take_beside(_under("beside/", kept))
+        if self.beside is not None:
+            self.beside.take(_under("beside/", kept))
         episodes = _under("round/", kept)
         self._episodes, self._orders, self._at = None, [], 0
         if episodes:
