@@ -225,6 +225,17 @@ def test_reinforcement_is_asked_for_in_the_contracts_words() -> None:
     assert "means nothing to this algorithm; it is for grpo and rloo" in fault
 
 
+def test_a_sweep_has_the_keys_spellings_inside() -> None:
+    text = f"task_type: lora\n{ROWS}sweep: {{grid: {{lora_r: [2, 4], lr: [1e-3, 2e-5]}}}}\n"
+    found = parse(text).spec
+    assert isinstance(found, Sft)
+    trials = [(one.lora, one.optim.learning_rate) for one in found.configurations().values()]
+    assert trials == [(Lora(rank=rank), lr) for rank in (2, 4) for lr in (1e-3, 2e-5)]
+    assert "say one thing" in faults(text.replace("lr:", "rank:"))[0]
+    assert "write task_type: lora" in faults(text.replace("lora\n", "sft\n", 1))[0]
+    assert "it needs lora" in faults(text.replace("lora\n", "rl\n", 1))[0]
+
+
 def test_adapters_are_trained_in_rl_once_they_are_spoken_of() -> None:
     for line in ("use_lora: true", "lora_r: 8", "use_8bit: true"):
         assert isinstance(parse(f"{RL_ROWS}{line}").spec.lora, Lora), line  # type: ignore[union-attr]

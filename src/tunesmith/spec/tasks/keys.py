@@ -5,7 +5,9 @@ specification gains is offered by a line here. What HF's trainers, TRL, PEFT and
 a thing is an alias of it; two spellings of one thing in one file are refused.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tunesmith.spec.tasks import readings
 from tunesmith.spec.tasks.readings import Reading
@@ -34,6 +36,30 @@ class Key:
 
 def _key(name: str, place: str, told: str, aliases: str = "", **more: object) -> Key:
     return Key(name, place, told, tuple(aliases.split()), **more)  # type: ignore[arg-type]
+
+
+def _sweep(value: Any) -> Any:
+    """Settings of a grid, or of trials, under any of the keys' spellings."""
+    if not isinstance(value, dict):
+        return value
+    inner = [key for key in KEYS if key.place.startswith(("lora.", "optim."))]
+    named = {word: key.place.partition(".")[2] for key in inner for word in key.spellings}
+    return {
+        part: [_renamed(one, named) for one in told]
+        if isinstance(told, list)
+        else _renamed(told, named)
+        for part, told in value.items()
+    }
+
+
+def _renamed(settings: Any, named: Mapping[str, str]) -> Any:
+    """Raises ValueError where two words come to say one thing."""
+    if not isinstance(settings, dict):
+        return settings
+    found = {named.get(word, word): value for word, value in settings.items()}
+    if len(found) < len(settings):
+        raise ValueError(f"two of {', '.join(settings)} say one thing; keep one of them")
+    return found
 
 
 _PRECISIONS = {
@@ -227,6 +253,12 @@ KEYS: tuple[Key, ...] = (
         "nf4",
         read=readings.only("nf4", "write nf4: it is the only 4-bit type here"),
         is_shorthand=True,
+    ),
+    _key(
+        "sweep",
+        "sweep",
+        "several configurations side by side: a `grid` of values, or `trials`",
+        read=_sweep,
     ),
     # supervised
     _key("train_on", "train_on", "completions, or all tokens"),

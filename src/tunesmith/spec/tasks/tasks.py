@@ -62,7 +62,7 @@ TASKS: Mapping[str, Task] = {
             "supervised fine-tuning of every weight",
             {ANY: Sft},
             _FULL,
-            {"lora": _ADAPTERS, "run.quantization": _ADAPTERS},
+            {"lora": _ADAPTERS, "sweep": _ADAPTERS, "run.quantization": _ADAPTERS},
             "model_final",
         ),
         Task(
