@@ -105,6 +105,9 @@ Model = Annotated[str, typer.Option("-m", "--model", help="A folder, a name, a h
 Dataset = Annotated[str, typer.Option("-d", "--dataset", help="A file or a name.")]
 OutputDir = Annotated[str | None, typer.Option(help="Where the model goes.")]
 EvalDataset = Annotated[str | None, typer.Option(help="For validation.")]
+Holdout = Annotated[
+    float | None, typer.Option(help="Share of the rows kept back for validation, such as 0.05.")
+]
 BatchSize = Annotated[int | None, typer.Option(help="Default 4.")]
 LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens.")]
@@ -129,6 +132,7 @@ def train_sft(
     dataset: Dataset,
     output_dir: OutputDir = None,
     eval_dataset: EvalDataset = None,
+    holdout: Holdout = None,
     epochs: Annotated[float | None, typer.Option(help="Default 3.")] = None,
     batch_size: BatchSize = None,
     learning_rate: LearningRate = None,
@@ -156,6 +160,7 @@ def train_sft(
     fields = {
         "output_dir": output_dir,
         "eval_dataset_path": eval_dataset,
+        "holdout": holdout,
         "num_epochs": epochs,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
@@ -183,6 +188,7 @@ def train_dpo(
     dataset: Dataset,
     output_dir: OutputDir = None,
     eval_dataset: EvalDataset = None,
+    holdout: Holdout = None,
     beta: Annotated[float | None, typer.Option(help="Default 0.1.")] = None,
     loss: Annotated[str | None, typer.Option(help="Default sigmoid.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Default 1.")] = None,
@@ -212,6 +218,7 @@ def train_dpo(
     fields = {
         "output_dir": output_dir,
         "eval_dataset_path": eval_dataset,
+        "holdout": holdout,
         "beta": beta,
         "loss": loss,
         "num_epochs": epochs,

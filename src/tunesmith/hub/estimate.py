@@ -66,7 +66,8 @@ def flops_a_token(spec: TrainSpec, model: ModelFolder) -> float:
 def _epoch(spec: TrainSpec, measure: Measure) -> tuple[int, float, float]:
     """Samples, tokens and labels of one epoch; completions at their longest, drawing them not
     counted."""
-    rows = measure.rows * measure.usable
+    held_out = max(1, round(spec.holdout * measure.rows)) if spec.holdout else 0
+    rows = (measure.rows - held_out) * measure.usable
     tokens, labels = rows * measure.tokens, rows * measure.labels
     if isinstance(spec, Pretrain):
         return max(1, math.ceil(tokens / spec.sequence_length)), tokens, labels

@@ -101,6 +101,7 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
     reading = Reading.of(spec)
     training = look.pinned(spec.dataset, who, asked.name("dataset"), reading)
     _refuse_unsuited(training, asked, "dataset")
+    _refuse_single(training, asked)
     evaluation = None
     if spec.eval_dataset is not None:
         evaluation = look.pinned(spec.eval_dataset, who, asked.name("eval_dataset"), reading)
@@ -154,6 +155,16 @@ def _refuse_unsuited(part: Pinned, asked: Request, field: str) -> None:
     """Rows of a format that the method does not read."""
     name = asked.name(field)
     refuse_unsuited(asked.spec.method, part.format, f"{name}: {part.source.name!r}", name)
+
+
+def _refuse_single(part: Pinned, asked: Request) -> None:
+    if asked.spec.holdout and part.num_samples < 2:
+        name = asked.name("dataset")
+        raise ValidationError(
+            f"{name}: {part.source.name!r} has one row, of which none can be held out; give more "
+            "rows, or leave holdout out",
+            param=name,
+        )
 
 
 def _checkpoint(hub: "Hub", asked: Request) -> str | None:

@@ -103,6 +103,16 @@ class Data(Strict):
 
     columns: Columns = {}
     """Mapped by hand, {"instruction": "question"}; then other columns are ignored."""
+    eval_dataset: Name | None = None
+    holdout: float = Field(0.0, ge=0, le=0.5)
+    """Share of the rows that is kept back from training and evaluated instead, drawn by
+    `optim.seed`; at least one row where it is above 0. Where there is no `eval_dataset`."""
+
+    @model_validator(mode="after")
+    def _check_holdout(self) -> Self:
+        if self.holdout and self.eval_dataset is not None:
+            raise ValueError("holdout and eval_dataset exclude each other; leave one of them out")
+        return self
 
 
 class Tuning(Data):
@@ -112,7 +122,6 @@ class Tuning(Data):
     """Each of up to `max_length` tokens."""
     model: Name
     dataset: Name
-    eval_dataset: Name | None = None
     max_length: int = Field(1024, ge=8, le=MAX_LENGTH_LIMIT)
     """Tokens. The model's own context, where it is shorter, holds."""
     overlong: Literal["drop", "truncate", "refuse"] = "drop"
@@ -305,7 +314,6 @@ class Pretrain(Data):
     model: Name
     """A folder with config.json and a tokenizer; weights where `from_scratch` is false."""
     dataset: Name
-    eval_dataset: Name | None = None
     clean: bool = False
     """Remove control characters; else a document that holds one is refused."""
     from_scratch: bool = True

@@ -10,15 +10,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from tunesmith.data.reading import Reading
+from tunesmith.data.holdout import Rows
 from tunesmith.data.render import NOTICES, Renderer
-from tunesmith.data.rows import RowFault, RowIndex
-from tunesmith.data.suited import refuse_unsuited
-from tunesmith.errors import FailureClass, JobFailure, ValidationError
 from tunesmith.nn.language import Model, open_scorer, open_with
 from tunesmith.nn.opening import Opening
 from tunesmith.spec.pipe import Finished, Notice, Plan, Probed, Started, Stopped, TrainerTask
-from tunesmith.spec.train import AnySpec, Lora, Pretrain, Reward, Sft
+from tunesmith.spec.train import Lora, Pretrain, Reward, Sft
 from tunesmith.train import artifact, checkpoint, plan, randomness, space
 from tunesmith.train.batches import Feed, Interrupted
 from tunesmith.train.checkpoint import Saved, Shelf
@@ -32,6 +29,7 @@ from tunesmith.train.parallel import Group
 from tunesmith.train.probe import probe
 from tunesmith.train.process import Asks
 from tunesmith.train.report import Report
+from tunesmith.train.sets import open_sets
 from tunesmith.train.source import RowSource, read_row
 
 TELL_SECONDS = 30.0
@@ -43,8 +41,8 @@ class Opened:
 
     model: Model
     renderer: Renderer
-    rows: RowIndex
-    eval_rows: RowIndex | None
+    rows: Rows
+    eval_rows: Rows | None
     max_length: int
     """Tokens of a sample: as asked for, or the model's context where that is shorter."""
     named: Mapping[str, str]
@@ -138,11 +136,8 @@ class Job:
         return plan.choose(self._task, self._group.size)
 
     def _open(self, files: ExitStack) -> Opened:
-        rows = files.enter_context(open_rows(self._task.inputs.dataset, self._spec))
+        rows, held_out = open_sets(self._task.inputs, self._spec, files)
         model = self._open_model()
-        held_out, evaluation = None, self._task.inputs.eval_dataset
-        if evaluation is not None:
-            held_out = files.enter_context(open_rows(evaluation, self._spec))
         return Opened(
             model=model,
             renderer=self._renderer(rows),
@@ -183,7 +178,7 @@ class Job:
         )
         return None
 
-    def _renderer(self, rows: RowIndex) -> Renderer:
+    def _renderer(self, rows: Rows) -> Renderer:
         renderer = Renderer.load(Path(self._task.inputs.model))
         if renderer.template is not None or isinstance(self._spec, Pretrain):
             return renderer
@@ -227,9 +222,10 @@ class Job:
         inputs = self._task.inputs
         rows = Data(opened.rows, inputs.dataset, self._spec.optim.seed, "train")
         method = ready(stage, rows)
-        if opened.eval_rows is None or inputs.eval_dataset is None:
+        if opened.eval_rows is None:
             return method, None
-        return method, ready(stage, Data(opened.eval_rows, inputs.eval_dataset, None, "eval"))
+        evaluation = inputs.eval_dataset or inputs.dataset
+        return method, ready(stage, Data(opened.eval_rows, evaluation, None, "eval"))
 
     def _tell_measured(self, done: int, steps: int) -> None:
         """Now and then: a server takes a trainer that says nothing for dead."""
@@ -287,6 +283,7 @@ class Job:
                 ),
                 detail={
                     "rows": len(opened.rows),
+                    "eval_rows": len(opened.eval_rows) if opened.eval_rows is not None else 0,
                     "format": opened.rows.format,
                     "max_length": opened.max_length,
                     "is_lean": opened.model.is_lean,
@@ -364,21 +361,6 @@ class Job:
 
     def _notice(self, code: str, message: str, detail: dict[str, Any] | None = None) -> None:
         self._report.send(Notice(level="warning", code=code, message=message, detail=detail or {}))
-
-
-def open_rows(path: str, spec: AnySpec) -> RowIndex:
-    """Raises JobFailure(data_error) that names the line, or the format that the method reads."""
-    try:
-        rows = RowIndex.open(Path(path), Reading.of(spec))
-    except RowFault as fault:
-        raise JobFailure(FailureClass.DATA_ERROR, fault.message) from fault
-    if not len(rows):
-        raise JobFailure(FailureClass.DATA_ERROR, f"{Path(path).name} holds no row")
-    try:
-        refuse_unsuited(spec.method, rows.format, Path(path).name)
-    except ValidationError as error:
-        raise JobFailure(FailureClass.DATA_ERROR, error.message) from error
-    return rows
 
 
 def omissions_of(method: Method) -> Omissions:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from tunesmith.data.fit import Cut
+from tunesmith.data.holdout import Rows
 from tunesmith.data.render import Renderer
-from tunesmith.data.rows import RowIndex
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.spec.pipe import Plan, TrainerTask
 from tunesmith.spec.train import (
@@ -75,7 +75,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Data:
-    rows: RowIndex
+    rows: Rows
     path: str
     seed: int | None
     """Of the order; None is the file's own."""
@@ -153,6 +153,8 @@ def _reference(stage: Stage, data: Data, places: int) -> Reference:
         "overlong": _cut(stage).overlong,
         "renderer": stage.renderer.digest,
         "seed": data.seed,
+        "part": data.name if spec.holdout else "all",
+        "holdout": spec.holdout,
         "samples_a_step": stage.samples_a_step,
         "steps": _steps(stage, data, places),
         "plan": stage.plan.model_dump(mode="json"),

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+from tunesmith.data.holdout import Rows
 from tunesmith.data.render import Renderer
-from tunesmith.data.rows import Row, RowIndex
+from tunesmith.data.rows import Row
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.train.batches import Interrupted, Sample, Shuffle
 from tunesmith.train.source import read_row
@@ -21,7 +22,7 @@ class BlockSource:
 
     def __init__(
         self,
-        rows: RowIndex,
+        rows: Rows,
         renderer: Renderer,
         length: int,
         seed: int | None,

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol
 
 from tunesmith.data.fit import Cut, Fitted, fit
+from tunesmith.data.holdout import Rows
 from tunesmith.data.render import Encoded, Notice, Renderer, TemplateError
-from tunesmith.data.rows import Row, RowFault, RowIndex
+from tunesmith.data.rows import Row, RowFault
 from tunesmith.errors import FailureClass, JobFailure, ValidationError
 from tunesmith.train.batches import Interrupted, S, S_co, Shuffle
 from tunesmith.train.omissions import Omissions
@@ -41,7 +42,7 @@ class RowSource(Generic[S]):
 
     def __init__(
         self,
-        rows: RowIndex,
+        rows: Rows,
         reader: Reader[S],
         seed: int | None,
         should_stop: Callable[[], bool] = lambda: False,
@@ -178,7 +179,7 @@ def _too_long(length: int, line: int, cut: Cut) -> JobFailure:
     )
 
 
-def read_row(rows: RowIndex, index: int) -> Row:
+def read_row(rows: Rows, index: int) -> Row:
     """One row. Raises JobFailure(data_error) that names its line."""
     try:
         return rows[index]

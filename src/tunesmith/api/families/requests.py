@@ -139,6 +139,13 @@ class TuningRequest(BaseModel):
         "suffice shows then",
     )
     eval_dataset_path: Name | None = Field(None, description="held-out data, same formats")
+    holdout: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="share of the rows that is evaluated and not trained on, where no "
+        "eval_dataset_path is given",
+    )
     columns: Columns = Field(
         {},
         description="field of a format → column of the files, mapped by hand; other columns are "
@@ -179,6 +186,8 @@ class TuningRequest(BaseModel):
 
     def _tuning(self) -> dict[str, Any]:
         """The fields that every method has in its specification, but for `optim`."""
+        if self.holdout and self.eval_dataset_path is not None:
+            raise BadRequestError("holdout and eval_dataset_path exclude each other; give one")
         if self.load_in_4bit and self.load_in_8bit:
             raise BadRequestError("load_in_4bit and load_in_8bit exclude each other")
         targets = self.lora_target_modules
@@ -194,6 +203,7 @@ class TuningRequest(BaseModel):
             "model": self.model_name,
             "dataset": self.dataset_path,
             "eval_dataset": self.eval_dataset_path,
+            "holdout": self.holdout,
             "columns": self.columns,
             "max_length": self.max_length,
             "overlong": self.overlong,
