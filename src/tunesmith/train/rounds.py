@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tunesmith.data.asked import asked
+from tunesmith.data.holdout import Rows
 from tunesmith.data.render import Renderer
-from tunesmith.data.rows import RowIndex
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.nn.forks import ForkBatch
 from tunesmith.nn.language import LanguageModel
@@ -48,7 +48,7 @@ class Drawer:
     rollouts: Rollouts
     wish: Wish
     rewarder: Rewarder
-    rows: RowIndex
+    rows: Rows
     renderer: Renderer
 
     def draw(
