@@ -12,6 +12,7 @@ import torch
 
 from tunesmith.data.holdout import Rows
 from tunesmith.data.render import NOTICES, Renderer
+from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.nn.language import Model, open_scorer, open_with
 from tunesmith.nn.opening import Opening
 from tunesmith.spec.pipe import Finished, Notice, Plan, Probed, Started, Stopped, TrainerTask
