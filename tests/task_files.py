@@ -90,7 +90,10 @@ def document(at: int) -> dict[str, Any]:
 
 COUNT = 24
 SAMPLES: dict[str, list[dict[str, Any]]] = {
-    "sft_dataset": [conversation(at) for at in range(COUNT)],
+    "sft_dataset": [
+        *(conversation(at) for at in range(COUNT)),
+        conversation(COUNT) | {"system_prompt": "친절히", "input_template": "{input}?"},
+    ],
     "lora_demo": [conversation(at) for at in range(COUNT)],
     "rl_preference": [preference(at) for at in range(COUNT)],
     "pretrain_corpus": [document(at) for at in range(COUNT)],

@@ -269,6 +269,37 @@ def test_the_place_inside_a_row_is_named(tmp_path):
     assert fault.loc == "messages[1].content"
 
 
+def test_a_row_may_have_a_system_prompt_and_a_template_for_what_users_say(tmp_path):
+    row = CHAT | {"system_prompt": "친절히", "input_template": "问: {input}\n{input}!"}
+    [found] = RowIndex.open(write(tmp_path, lines(row)))
+    assert [(said.role, said.content) for said in found.messages] == [
+        ("system", "친절히"),
+        ("user", "问: 안녕\n안녕!"),
+        ("assistant", "😀 你好"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "loc", "reason"),
+    [
+        ({"input_template": "问: "}, "input_template", "no {input}"),
+        ({"input_template": "{input}" * 500_000}, "input_template", "longer than"),
+        ({"input_template": "\0{input}"}, "input_template", "NUL"),
+        ({"system_prompt": 5}, "system_prompt", "expected `str"),
+        (
+            {"system_prompt": "b", "messages": [{"role": "system", "content": "a"}]},
+            "system_prompt",
+            "keep one",
+        ),
+    ],
+)
+def test_a_frame_that_does_not_fit_is_a_fault(tmp_path, more, loc, reason):
+    messages = [*more.pop("messages", ()), *CHAT["messages"]]
+    fault = only_fault(tmp_path, lines({**more, "messages": messages}))
+    assert (fault.line, fault.loc) == (1, loc)
+    assert reason in fault.msg
+
+
 def test_columns_of_no_meaning_are_ignored_and_named_once(tmp_path):
     row = CHAT | {"id": 7, "메모": {"a": [1]}}
     report = check_file(write(tmp_path, lines(row, row)))

@@ -1,6 +1,8 @@
 """The shapes that rows come in, and how each becomes one `Row`.
 
-openai             {"messages": [{"role", "content", "weight"?, "tool_calls"?}, …], "tools"?}
+openai             {"messages": [{"role", "content", "weight"?, "tool_calls"?}, …], "tools"?,
+                   "system_prompt"?, "input_template"?: text in which `{input}` stands for what a
+                   user says}
 alpaca             {"instruction", "input"?, "output", "system"?, "history"?: [[asked, told], …]}
 prompt_completion  {"prompt", "completion"}, both text or both lists of messages
 sharegpt           {"conversations": [{"from": "human" | "gpt" | …, "value"}, …], "system"?}
@@ -46,6 +48,8 @@ MAX_TOOLS = 256
 MAX_RESPONSES = 1024
 """To one prompt."""
 MAX_SCORE = 1e9
+INPUT = "{input}"
+"""In an `input_template`: where a user's message goes."""
 
 Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
 Short = Annotated[str, msgspec.Meta(max_length=256)]
@@ -120,6 +124,8 @@ class _OpenAI(msgspec.Struct):
     messages: _Messages
     tools: _Tools | None = None
     parallel_tool_calls: bool | None = None
+    system_prompt: Text | None = None
+    input_template: Text | None = None
 
 
 class _Alpaca(msgspec.Struct):
@@ -385,7 +391,30 @@ def _encoding(line: bytes) -> str:
 
 def _from_openai(shape: _OpenAI, line: int) -> Row:
     messages = tuple(_message(said, f"messages[{at}]") for at, said in enumerate(shape.messages))
+    if shape.input_template is not None:
+        messages = tuple(_templated(said, shape.input_template) for said in messages)
+    if shape.system_prompt:
+        messages = _led(messages, shape.system_prompt)
     return _conversation(line, messages, shape.tools or ())
+
+
+def _led(messages: tuple[Message, ...], system_prompt: str) -> tuple[Message, ...]:
+    if messages[0].role in {"system", "developer"}:
+        raise Wrong("the messages begin with a system message already; keep one", "system_prompt")
+    return (_say("system", system_prompt), *messages)
+
+
+def _templated(said: Message, template: str) -> Message:
+    """Of what a user says, and of nothing else."""
+    if INPUT not in template:
+        raise Wrong(f"it has no {INPUT}, where the user's message goes", "input_template")
+    if said.role != "user" or said.content is None:
+        return said
+    parts = template.split(INPUT)
+    if len(template) + (len(parts) - 1) * len(said.content) > MAX_TEXT:
+        raise Wrong(f"filled in it is longer than {MAX_TEXT} characters", "input_template")
+    _refuse_nul(template, "input_template")
+    return said.model_copy(update={"content": said.content.join(parts)})
 
 
 def _from_alpaca(shape: _Alpaca, line: int) -> Row:
