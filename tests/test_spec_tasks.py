@@ -222,7 +222,18 @@ def test_reinforcement_is_asked_for_in_the_contracts_words() -> None:
     [fault] = faults(f"{RL_ROWS}algorithm: grpo\nrewards: exact_mach\n")
     assert "'line', 5, 'rewards'" in fault
     [fault] = faults(f"{RL_ROWS}kl_target: 0.1\n")
-    assert "means nothing to this algorithm; it is for grpo and rloo" in fault
+    assert "means nothing to this algorithm; it is for grpo, rloo and ppo" in fault
+
+
+def test_a_twentieth_is_held_out_unless_an_eval_dataset_is_given() -> None:
+    for task in TASKS:
+        text = f"task_type: {task}\n{ROWS}"
+        assert parse(text).spec.holdout == 0.05
+        assert parse(text + "val_size: 0").spec.holdout == 0
+        found = parse(text + "eval_dataset: e").spec
+        assert (found.holdout, found.eval_dataset) == (0, "e")
+    [fault] = faults(SFT + "eval_dataset: e\nholdout: 0.1\n")
+    assert "exclude each other" in fault
 
 
 def test_a_sweep_has_the_keys_spellings_inside() -> None:

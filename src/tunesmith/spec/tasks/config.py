@@ -14,12 +14,12 @@ from tunesmith.spec.places import at, put
 from tunesmith.spec.strict import Name
 from tunesmith.spec.tasks.batch import share_out
 from tunesmith.spec.tasks.keys import GLOBAL_BATCH, KEYS, OUTPUT_DIR, Key
-from tunesmith.spec.tasks.tasks import ANY, TASKS, Task
+from tunesmith.spec.tasks.tasks import ANY, HOLDOUT, TASKS, Task
 from tunesmith.spec.train import AnySpec
 from tunesmith.spec.yaml_guard import Document
 
 TASK_TYPE, ALGORITHM = "task_type", "algorithm"
-_LORA, _QUANTIZATION = "lora", "run.quantization"
+_LORA, _QUANTIZATION, _EVALUATION = "lora", "run.quantization", "eval_dataset"
 _COUNT: TypeAdapter[int] = TypeAdapter(int)
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
 _LONGEST = 80
@@ -193,6 +193,8 @@ def _values(task: Task, said: Said) -> dict[str, Any]:
     """As the specification is made from."""
     values: dict[str, Any] = {}
     for place, value in task.defaults.items():
+        if place == HOLDOUT and _EVALUATION in said:
+            continue
         put(values, place, dict(value) if isinstance(value, dict) else value)
     is_full, adapters = _LORA in said and said[_LORA].value is False, _of_adapters(said)
     if not is_full and (_LORA in said or adapters):

@@ -93,6 +93,12 @@ KEYS: tuple[Key, ...] = (
         "rows that are only measured on",
         "eval_dataset_path eval_file validation_dataset validation_file val_dataset",
     ),
+    _key(
+        "holdout",
+        "holdout",
+        "share of the rows that is only measured on, where no eval_dataset is given",
+        "eval_split validation_split val_size test_size eval_ratio",
+    ),
     _key("columns", "columns", "field of a format → column of the file"),
     _key("output_dir", OUTPUT_DIR, "where the result goes", "output_path"),
     _key("clean", "clean", "remove control characters", "clean_text"),
@@ -341,5 +347,14 @@ KEYS: tuple[Key, ...] = (
         "advantages of a round to mean 0 and deviation 1",
         "normalize_advantages whiten_advantages",
     ),
+    _key("gae_lambda", "lam", "of generalised advantage estimation", "lam"),
+    _key("vf_coef", "value_weight", "weight of the value's loss", "value_weight"),
+    _key(
+        "cliprange_value",
+        "value_epsilon",
+        "how far a value may go before its gain is clipped",
+        "value_epsilon value_clip",
+    ),
+    _key("whiten_rewards", "whiten_rewards", "rewards of a round to deviation 1"),
 )
 """In the order in which they are told."""

@@ -12,6 +12,7 @@ from tunesmith.spec.train import (
     Grpo,
     Kto,
     Orpo,
+    Ppo,
     Preference,
     Pretrain,
     Reward,
@@ -20,6 +21,7 @@ from tunesmith.spec.train import (
     Simpo,
 )
 
+HOLDOUT = "holdout"
 ANY = ""
 """The algorithm of a task that has only one."""
 
@@ -52,7 +54,9 @@ class Task:
         return self.refused.get(key.place.partition(".")[0], self.refused.get(key.place))
 
 
-_FULL = {"lora": None}
+_HELD = {HOLDOUT: 0.05}
+"""Of the rows, where no eval_dataset is given."""
+_FULL = {"lora": None, **_HELD}
 _ADAPTERS = "it trains every weight; write task_type: lora for adapters"
 TASKS: Mapping[str, Task] = {
     task.name: task
@@ -77,6 +81,7 @@ TASKS: Mapping[str, Task] = {
                 "reward": Reward,
                 "grpo": Grpo,
                 "rloo": Rloo,
+                "ppo": Ppo,
             },
             _FULL,
         ),
@@ -84,12 +89,13 @@ TASKS: Mapping[str, Task] = {
             "lora",
             "supervised fine-tuning of low-rank adapters",
             {ANY: Sft},
-            {"lora": {}, "optim.learning_rate": 2e-4},
+            {"lora": {}, "optim.learning_rate": 2e-4, **_HELD},
         ),
         Task(
             "pretrain",
             "next-token training on plain text",
             {ANY: Pretrain},
+            _HELD,
             refused={"run.quantization": "it trains every weight"},
         ),
     )
