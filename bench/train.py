@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 import dpo
+import grpo
 from pipe import Side
 from workload import BATCH, SAMPLES, Work, samples, useful_flops_per_token, write_models
 
@@ -63,6 +64,8 @@ BARS = (
 )
 UTILISATION_BAR = 0.45
 LOSS_BAR = 1e-4
+COMPARED = {"dpo": dpo, "grpo": grpo}
+"""Methods whose comparison is a file of its own."""
 
 
 def main() -> None:
@@ -70,9 +73,10 @@ def main() -> None:
     chosen = [one for one in VARIANTS if not asked.variants or one.name in asked.variants]
     with tempfile.TemporaryDirectory() as folder:
         models = write_models(Path(folder))
-        if asked.method == "dpo":
-            report = dpo.run(asked, models)
-            dpo.show(report)
+        if asked.method in COMPARED:
+            compared = COMPARED[asked.method]
+            report = compared.run(asked, models)
+            compared.show(report)
         else:
             sides = {"trl": Side("peers.py", asked.threads), "ours": Side("ours.py", asked.threads)}
             rounds = [_round(chosen, sides, models, asked) for _ in range(asked.rounds)]
@@ -88,13 +92,13 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--method", choices=["sft", "dpo"], default="sft")
+    parser.add_argument("--method", choices=["sft", *COMPARED], default="sft")
     parser.add_argument("--steps", type=int, default=6, help="measured, of each variant and round")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the clock starts")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variants", nargs="*", choices=[one.name for one in VARIANTS])
-    parser.add_argument("--json", type=Path, help="out/train.json, or out/dpo.json")
+    parser.add_argument("--json", type=Path, help="out/train.json, or out/<method>.json")
     asked = parser.parse_args()
     name = "train.json" if asked.method == "sft" else f"{asked.method}.json"
     asked.json = asked.json or Path(__file__).parent / "out" / name

@@ -14,6 +14,10 @@ BATCH = 8
 PAIRS = 4
 """Pairs in a step."""
 BETA = 0.1
+ASKED, GENERATIONS = 4, 8
+"""Prompts of a step of reinforcement, and completions of each."""
+COMPLETION = 64
+"""Tokens of a completion, at most: few end before, the models being random."""
 LEARNING_RATE = 2e-5
 RANK, ALPHA = 8, 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -56,6 +60,18 @@ def pair_samples(seed: int = 0) -> list[PairSample]:
         other = [dice.randrange(2, VOCABULARY) for _ in range(length - 1)] + [END]
         made.append(PairSample(ids[:start], ids[start:], other))
     return made
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Of 20 to 128 tokens, log-uniform."""
+    dice = random.Random(seed)
+    lengths = [int(math.exp(dice.uniform(math.log(20), math.log(129)))) for _ in range(count)]
+    return [[dice.randrange(2, VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+def reward(ids: list[int]) -> float:
+    """The share of even ids: cheap, and never the same for a whole group."""
+    return sum(one % 2 == 0 for one in ids) / len(ids)
 
 
 @dataclass(frozen=True)
