@@ -84,6 +84,11 @@ def preference(at: int) -> dict[str, Any]:
     }
 
 
+def scored(at: int) -> dict[str, Any]:
+    told = [{"content": words(at + k), "score": (at + k) % 3} for k in range(1, 4)]
+    return {"prompt": words(at), "responses": told}
+
+
 def document(at: int) -> dict[str, Any]:
     return {"text": words(at, 40), "doc_id": f"d{at}", "metadata": {"lang": "ko"}}
 
@@ -96,5 +101,6 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
     ],
     "lora_demo": [conversation(at) for at in range(COUNT)],
     "rl_preference": [preference(at) for at in range(COUNT)],
+    "rl_scored": [scored(at) for at in range(COUNT)],
     "pretrain_corpus": [document(at) for at in range(COUNT)],
 }

@@ -12,7 +12,11 @@ import openai
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import task_files
 from house import KEY, House, chats, open_house
@@ -224,13 +228,14 @@ def configured(house: House, text: str) -> tuple[dict[str, Any], Path, set[str]]
     events = house.events(job_id)
     notices = {event["data"]["code"] for event in events if event["type"] == "notice"}
     named = {name for event in events for name in contract_metrics(event["type"], event["data"])}
-    return job | {"named": named}, house.workspace / job["output_dir"], notices
+    steps = [event["data"]["step"] for event in events if event["type"] == "step"]
+    return job | {"named": named, "steps": steps}, house.workspace / job["output_dir"], notices
 
 
 def test_the_contracts_sft_file_runs_as_it_stands(tasked: House) -> None:
     job, folder, notices = configured(tasked, task_files.SFT)
     assert "max_length_lowered" in notices
-    assert "train/loss" in job["named"]
+    assert {"train/loss", "eval/loss"} <= job["named"]
     model = AutoModelForCausalLM.from_pretrained(folder)
     said = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         task_files.conversation(0)["messages"][:1],
@@ -252,6 +257,45 @@ def test_the_contracts_lora_file_runs_as_it_stands(tasked: House) -> None:
     assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 16, 0.05)
     assert any(one.any() for name, one in adapted.named_parameters() if "lora_B" in name)
     assert (job["config"]["task_type"], job["config"]["model_name"]) == ("lora", "llama2-7b")
+
+
+RL_DATA = "task_type: rl\npolicy_model: qwen-7b-sft\ndataset: datasets/{}.jsonl\n"
+
+
+@pytest.mark.parametrize("rows", ["rl_preference", "rl_scored"])
+def test_rl_without_an_algorithm_is_dpo_for_both_shapes_of_rows(tasked: House, rows: str) -> None:
+    job, folder, _ = configured(tasked, RL_DATA.format(rows))
+    assert job["training_type"] == "dpo"
+    assert {"train/rewards/margins", "eval/rewards/margins"} <= job["named"]
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_reward_model_goes_where_the_rl_file_looks_for_it(tasked: House) -> None:
+    text = RL_DATA.format("rl_scored") + "algorithm: reward\noutput_dir: qwen-7b-rm\n"
+    job, folder, _ = configured(tasked, text)
+    assert folder == tasked.workspace / "qwen-7b-rm"
+    assert job["config"]["output_dir"] == "qwen-7b-rm"
+    assert AutoModelForSequenceClassification.from_pretrained(folder).config.num_labels == 1
+
+
+def test_reinforcement_is_asked_for_in_the_contracts_words(tasked: House) -> None:
+    """Its file, but rewarded by a rule."""
+    line = next(line for line in task_files.RL.splitlines() if line.startswith("reward_model"))
+    text = task_files.RL.replace(line, "rewards: exact_match\nmax_new_tokens: 8")
+    job, folder, _ = configured(tasked, text)
+    assert job["training_type"] == "ppo"
+    assert {"reward/mean", "kl_divergence", "episode_length"} <= job["named"]
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_pretraining_packs_to_the_context_and_makes_one_smaller_step(tasked: House) -> None:
+    """The contract's file, but for its tokenizer."""
+    line = next(line for line in task_files.PRETRAIN.splitlines() if line.startswith("tokenizer"))
+    job, folder, notices = configured(tasked, task_files.PRETRAIN.replace(line, ""))
+    assert "max_length_lowered" in notices
+    assert (job["steps"], job["config"]["num_train_epochs"]) == ([1], 1)
+    AutoModelForCausalLM.from_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder)
 
 
 def test_an_ended_output_folder_is_replaced_and_a_foreign_one_is_left_alone(house: House) -> None:

@@ -16,7 +16,7 @@ from tunesmith.spec.rewards import ExactMatch
 from tunesmith.spec.tasks.keys import KEYS
 from tunesmith.spec.tasks.metrics import contract_metrics
 from tunesmith.spec.tasks.overrides import overridden
-from tunesmith.spec.tasks.table import table
+from tunesmith.spec.tasks.table import table, table_defaults
 from tunesmith.spec.tasks.tasks import TASKS
 from tunesmith.spec.train import Grpo, Kto, Lora, Preference, Reward, Sft
 from tunesmith.spec.written import interpret, parse
@@ -288,6 +288,21 @@ def test_any_mapping_is_a_configuration_or_a_refusal(values: dict[str, Any], tas
 def test_the_documentation_has_the_keys_as_they_are_read() -> None:
     """`tunesmith train --tasks` prints the table for docs/tasks.md."""
     assert table() in (Path(__file__).parents[1] / "docs" / "tasks.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("task", "algorithm"), [(task, name) for task in TASKS for name in TASKS[task].algorithms]
+)
+def test_the_defaults_that_are_documented_are_those_that_hold(task: str, algorithm: str) -> None:
+    chosen = f"algorithm: {algorithm}\n" if algorithm else ""
+    rewards = "rewards: exact_match\n" if algorithm in {"grpo", "rloo", "ppo"} else ""
+    held = parse(f"task_type: {task}\n{ROWS}{chosen}{rewards}max_grad_norm: 1").spec.model_dump()
+    told = table_defaults(TASKS[task], algorithm)
+    for key in TASKS[task].reads(algorithm):
+        if not key.is_shorthand and not key.place.startswith(
+            ("lora", "model", "dataset", "rewards")
+        ):
+            assert at(told, key.place) == at(held, key.place), key.name
 
 
 def test_what_is_said_anew_takes_the_place_of_its_like() -> None:

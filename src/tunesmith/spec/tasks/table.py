@@ -41,11 +41,11 @@ def _cell(key: Key, task: Task) -> str:
 def _default(key: Key, task: Task, algorithm: str) -> str:
     value = None
     if not key.is_shorthand and key.place != OUTPUT_DIR:
-        value = at(_defaults(task, algorithm), key.place)
+        value = at(table_defaults(task, algorithm), key.place)
     return "✓" if value is None or value == {} else f"`{_shown(value)}`"
 
 
-def _defaults(task: Task, algorithm: str) -> Mapping[str, Any]:
+def table_defaults(task: Task, algorithm: str) -> Mapping[str, Any]:
     """Of the specification, and of the adapters where there are any; then the task's own."""
     fields = task.algorithms[algorithm].model_fields
     found = {
