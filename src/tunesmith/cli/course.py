@@ -8,6 +8,7 @@ from typing import Any
 MAX_LOSSES = 20_000
 """Kept for the curve; beyond it every second one is dropped."""
 STEPS_BEFORE_ETA = 5
+_EVAL_LOSS = ("eval_loss", "loss")
 _PHASES = {
     "queued": "queued",
     "validated": "queued",
@@ -58,7 +59,7 @@ class Course:
                 self._advance(fields)
             case "evaluated":
                 metrics = fields.get("metrics")
-                if isinstance(metrics, Mapping):
+                if isinstance(metrics, Mapping) and not metrics.keys().isdisjoint(_EVAL_LOSS):
                     self.eval_loss = _number(metrics.get("eval_loss", metrics.get("loss")))
             case "failed":
                 self.error = _text(fields.get("message", fields.get("error")))

@@ -79,6 +79,21 @@ def _loss_then_gradient_(logits_CV: Tensor, targets_C1: Tensor) -> Tensor:
     return loss
 
 
+@torch.no_grad()
+def linear_grades(
+    hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, bias_V: Tensor | None = None
+) -> Tensor:
+    """Two numbers in float64: the sum of the rows' losses, and how many rows have the target for
+    the likeliest entry. Nothing is differentiable, and a chunk of logits is alive at a time."""
+    found_2 = torch.zeros(2, dtype=torch.float64, device=hidden_RH.device)
+    for rows in _chunks(hidden_RH.shape[0], weight_VH.shape[0]):
+        logits_CV = _logits(hidden_RH[rows], weight_VH, bias_V)
+        target_C1 = logits_CV.gather(1, targets_R[rows, None])
+        found_2[0] += (logits_CV.logsumexp(1, keepdim=True) - target_C1).double().sum()
+        found_2[1] += (logits_CV.argmax(1) == targets_R[rows]).sum()
+    return found_2
+
+
 def linear_log_probs(
     hidden_RH: Tensor, weight_VH: Tensor, targets_R: Tensor, bias_V: Tensor | None = None
 ) -> Tensor:

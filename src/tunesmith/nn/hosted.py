@@ -19,7 +19,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tunesmith.nn.attention import Looking
 from tunesmith.nn.batch import FlatBatch, flatten
-from tunesmith.nn.cross_entropy import linear_cross_entropy_sum, linear_log_probs
+from tunesmith.nn.cross_entropy import (
+    linear_cross_entropy_sum,
+    linear_grades,
+    linear_log_probs,
+)
 from tunesmith.nn.registered import ATTENTION, AttentionNotServed
 
 
@@ -139,6 +143,16 @@ class HostedModel(HostedDecoder):
                 return self._with_head(linear_cross_entropy_sum, hidden_RH, batch.targets_R)
             logits_RV = self._logit_rows(batch)
         return F.cross_entropy(logits_RV.float(), batch.targets_R, reduction="sum")
+
+    @torch.no_grad()
+    def grades(self, batch: FlatBatch) -> Tensor:
+        with self._precision():
+            if self._ways.has_plain_head:
+                return self._with_head(linear_grades, self._hidden_rows(batch), batch.targets_R)
+            logits_RV = self._logit_rows(batch).float()
+        loss = F.cross_entropy(logits_RV, batch.targets_R, reduction="sum")
+        hits = (logits_RV.argmax(1) == batch.targets_R).sum()
+        return torch.stack((loss.double(), hits.double()))
 
     def log_probs(self, batch: FlatBatch, temperature: float = 1.0) -> Tensor:
         if self._ways.has_plain_head:

@@ -64,6 +64,10 @@ class LanguageModel(Model, Protocol):
     def loss_sum(self, batch: FlatBatch) -> Tensor:
         """The sum, in fp32, of the label losses of the batch; differentiable."""
 
+    def grades(self, batch: FlatBatch) -> Tensor:
+        """Two numbers in float64: the sum of the labels' losses, and how many labels are the
+        likeliest token of their place. Not differentiable."""
+
     def log_probs(self, batch: FlatBatch, temperature: float = 1.0) -> Tensor:
         """The log-probability, in fp32, of each label (R,); differentiable. R is above 0."""
 

@@ -25,7 +25,11 @@ from tunesmith.nn.adapters import (
 )
 from tunesmith.nn.attention import Looking
 from tunesmith.nn.batch import FlatBatch
-from tunesmith.nn.cross_entropy import linear_cross_entropy_sum, linear_log_probs
+from tunesmith.nn.cross_entropy import (
+    linear_cross_entropy_sum,
+    linear_grades,
+    linear_log_probs,
+)
 from tunesmith.nn.folder import ModelFolder
 from tunesmith.nn.hosted import context_length
 from tunesmith.nn.kernels import Kernels, compiled
@@ -164,6 +168,12 @@ class LeanModel(LeanDecoder):
         batch = _rounded(batch, is_onednn(self._head_VH))
         hidden_RH = self._dressed().hidden_rows(batch, self._is_training)
         return linear_cross_entropy_sum(hidden_RH, self._head_VH, batch.targets_R)
+
+    @torch.no_grad()
+    def grades(self, batch: FlatBatch) -> Tensor:
+        if not batch.labels:
+            return self._head_VH.new_zeros(2, dtype=torch.float64)
+        return linear_grades(self.states(batch), self._head_VH, batch.targets_R)
 
     def log_probs(self, batch: FlatBatch, temperature: float = 1.0) -> Tensor:
         return self.log_probs_and_states(batch, temperature)[0]

@@ -73,6 +73,32 @@ class Optim(Strict):
     seed: int = Field(42, ge=0, le=2**31 - 1)
 
 
+MetricName = Annotated[str, StringConstraints(pattern=r"^[\w/.\-]{1,59}$")]
+FALLING = ("loss", "perplexity", "kl_divergence")
+"""How the names of metrics end of which less is better."""
+
+
+class Best(Strict):
+    """What is done with the evaluations of a training beside telling them."""
+
+    metric: MetricName = "eval_loss"
+    """By which evaluations are compared."""
+    greater_is_better: bool | None = None
+    """None: by the metric's name; less is better of losses and perplexity, more of the others."""
+    patience: int | None = Field(None, ge=1, le=10_000)
+    """Evaluations in a row without a better one, after which the training ends early."""
+    min_delta: float = Field(0.0, ge=0, le=1e9)
+    """What is no more than this better, is not better."""
+    keep: bool = True
+    """The result has the weights of the best evaluation, not the last ones."""
+
+    @property
+    def is_greater_better(self) -> bool:
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return not self.metric.endswith(FALLING)
+
+
 class Run(Strict):
     """How the training is carried out, whatever its method."""
 
@@ -95,7 +121,12 @@ class Run(Strict):
     """A checkpoint at least this often, and at `save_steps`, and at the end."""
     keep_checkpoints: int = Field(2, ge=1, le=1000)
     eval_steps: int | None = Field(None, ge=1, le=100_000_000)
-    """Where a validation set is given: also at the end of each epoch."""
+    """Where rows are held out: also at the end of each epoch."""
+    best: Best | None = None
+    """Early stopping, and which weights stay; rows have to be held out."""
+    compare_rows: int = Field(200, ge=0, le=100_000)
+    """Held-out rows, drawn by seed, on which the result is compared with the model as it began; 0
+    leaves that out."""
 
 
 class Data(Strict):
@@ -107,11 +138,14 @@ class Data(Strict):
     holdout: float = Field(0.0, ge=0, le=0.5)
     """Share of the rows that is kept back from training and evaluated instead, drawn by
     `optim.seed`; at least one row where it is above 0. Where there is no `eval_dataset`."""
+    run: Run = Run()
 
     @model_validator(mode="after")
     def _check_holdout(self) -> Self:
         if self.holdout and self.eval_dataset is not None:
             raise ValueError("holdout and eval_dataset exclude each other; leave one of them out")
+        if self.run.best is not None and not (self.holdout or self.eval_dataset):
+            raise ValueError("run.best needs held-out rows: give an eval_dataset, or a holdout")
         return self
 
 
@@ -129,7 +163,6 @@ class Tuning(Data):
     lora: Lora | None = Lora()
     """None trains every weight."""
     optim: Optim = Optim()
-    run: Run = Run()
 
 
 class Sweepable(Tuning):
@@ -319,7 +352,6 @@ class Pretrain(Data):
     from_scratch: bool = True
     sequence_length: int = Field(256, ge=8, le=MAX_LENGTH_LIMIT)
     optim: Optim = Optim(learning_rate=1e-3, epochs=1, batch_size=8)
-    run: Run = Run()
 
 
 class ReinforcingOptim(Optim):

@@ -15,11 +15,22 @@ from tunesmith.data.render import NOTICES, Renderer
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.nn.language import Model, open_scorer, open_with
 from tunesmith.nn.opening import Opening
-from tunesmith.spec.pipe import Finished, Notice, Plan, Probed, Started, Stopped, TrainerTask
-from tunesmith.spec.train import Lora, Pretrain, Reward, Sft
+from tunesmith.spec.pipe import (
+    Evaluated,
+    Finished,
+    Notice,
+    Plan,
+    Probed,
+    Started,
+    Stopped,
+    TrainerTask,
+)
+from tunesmith.spec.train import Kto, Lora, Pretrain, Reinforcing, Reward, Sft
 from tunesmith.train import artifact, checkpoint, plan, randomness, space
 from tunesmith.train.batches import Feed, Interrupted
+from tunesmith.train.best import Watch
 from tunesmith.train.checkpoint import Saved, Shelf
+from tunesmith.train.comparison import Compared, Pace, draw
 from tunesmith.train.failure import is_disk_full
 from tunesmith.train.loop import Evaluation, Loop, Parts
 from tunesmith.train.methods import Data, Method, Stage, ready
@@ -85,6 +96,7 @@ class Job:
         randomness.seed_all(self._spec.optim.seed)
         try:
             method, evaluation = self._methods(opened, saved)
+            compared = self._compared(opened, evaluation, saved)
         except Interrupted:
             self._report.send(Stopped(step=saved.state["counts"]["step"] if saved else 0))
             return
@@ -93,7 +105,7 @@ class Job:
         if self._task.is_probe:
             self._report.send(Stopped(step=0))
             return
-        loop = self._loop(opened, method, evaluation)
+        loop = self._loop(opened, method, evaluation, compared)
         if not self._group.is_first:  # another dropout than rank 0's
             randomness.seed_all(self._spec.optim.seed + self._group.rank)
         try:
@@ -101,6 +113,8 @@ class Job:
                 loop.restore(saved)
             self._start(opened, loop)
             is_whole = loop.run()
+            if is_whole:
+                self._compare(loop, compared)
         except Interrupted:
             is_whole = False
         if is_whole:
@@ -229,13 +243,19 @@ class Job:
         return method, ready(stage, Data(opened.eval_rows, evaluation, None, "eval"))
 
     def _tell_measured(self, done: int, steps: int) -> None:
-        """Now and then: a server takes a trainer that says nothing for dead."""
-        now = time.monotonic()
-        if done < steps and now - self._told_at < TELL_SECONDS:
-            return
-        self._told_at = now
         message = f"measured what the model says before it is trained: {done} of {steps} steps"
-        self._report.send(Notice(level="info", code="reference", message=message))
+        self._tell_now_and_then("reference", message, is_last=done == steps)
+
+    def _tell_compared(self, done: int, rows: int) -> None:
+        message = f"measured the loss of {done} of {rows} held-out rows"
+        self._tell_now_and_then("baseline", message, is_last=False)
+
+    def _tell_now_and_then(self, code: str, message: str, *, is_last: bool) -> None:
+        """A server takes a trainer that says nothing for dead."""
+        now = time.monotonic()
+        if is_last or now - self._told_at >= TELL_SECONDS:
+            self._told_at = now
+            self._report.send(Notice(level="info", code=code, message=message))
 
     @property
     def _samples_a_step(self) -> int:
@@ -246,7 +266,35 @@ class Job:
         samples = self._samples_a_step
         return probe(opened.model, method.source, method.objective, self._plan, samples)
 
-    def _loop(self, opened: Opened, method: Method, evaluation: Method | None) -> Loop:
+    def _compared(
+        self, opened: Opened, evaluation: Method | None, saved: Saved | None
+    ) -> Compared | None:
+        """Raises Interrupted at a stop while the model is measured as it begins."""
+        rows = self._spec.run.compare_rows
+        is_odd = isinstance(self._spec, Kto | Reinforcing)  # a row alone has no loss there
+        if evaluation is None or not rows or is_odd or self._group.size > 1:
+            return None
+        pace = Pace(lambda: self._asks.should_stop, self._tell_compared)
+        known = None if saved is None else saved.state.get("baseline", [])
+        samples = draw(evaluation.source, rows, self._spec.optim.seed)
+        return Compared.of(opened.model, evaluation.objective, samples, known, pace)
+
+    def _compare(self, loop: Loop, compared: Compared | None) -> None:
+        found = None if compared is None else compared.found(self._spec.optim.seed)
+        if found is None:
+            return
+        loop.counts.metrics |= found.metrics()
+        self._report.send(Evaluated(step=loop.counts.step, metrics=found.metrics()))
+        self._report.send(Notice(level="info", code="compared", message=found.sentence()))
+
+    def _loop(
+        self,
+        opened: Opened,
+        method: Method,
+        evaluation: Method | None,
+        compared: Compared | None = None,
+    ) -> Loop:
+        best = self._spec.run.best
         samples = self._samples_a_step
         held_out = None
         if evaluation is not None:
@@ -260,6 +308,8 @@ class Job:
                 objective=method.objective,
                 feed=method.feed(samples),
                 evaluation=held_out,
+                watch=None if best is None else Watch(best, opened.model),
+                baseline=[] if compared is None else compared.before,
                 kept={**method.kept, **(evaluation.kept if evaluation is not None else {})},
                 shelf=self._shelf(),
                 save_model=lambda folder: save_model(opened, folder),

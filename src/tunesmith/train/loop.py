@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +15,7 @@ from tunesmith.spec.pipe import Evaluated, Notice, Plan, Step, TrainerEvent
 from tunesmith.spec.train import TrainSpec
 from tunesmith.train import randomness
 from tunesmith.train.batches import Feed, Interrupted, Sized
+from tunesmith.train.best import Watch
 from tunesmith.train.checkpoint import Saved, Shelf, Snapshot
 from tunesmith.train.counts import Counts
 from tunesmith.train.evaluate import evaluate
@@ -60,6 +61,10 @@ class Parts:
     objective: Objective[Any]
     feed: Steps[Any]
     evaluation: Evaluation | None
+    watch: Watch | None
+    """Over its evaluations."""
+    baseline: Sequence[float]
+    """Losses before the first update: see `comparison`."""
     kept: Mapping[str, torch.Tensor]
     """Tensors that every checkpoint is to hold beside."""
     shelf: Shelf
@@ -98,6 +103,9 @@ class Loop:
 
     @property
     def is_done(self) -> bool:
+        watch = self._parts.watch
+        if watch is not None and watch.is_out_of_patience:
+            return True
         return self.counts.step >= self.total_steps
 
     def restore(self, saved: Saved) -> None:
@@ -115,6 +123,8 @@ class Loop:
         self._model.load_weights(weights)
         self._optimizer.restore(saved.optimizer)
         self.counts = Counts(**saved.state["counts"])
+        if self._parts.watch is not None and "best" in saved.state:
+            self._parts.watch.restore(saved.state["best"], saved.kept)
         self._feed.seek(saved.state["feed"], saved.kept)
         self._mark()
         self._saved_step = self.counts.step
@@ -130,7 +140,14 @@ class Loop:
             self._mark()
             self._look_around()
         self._save()
+        self.settle()
         return True
+
+    def settle(self) -> None:
+        """Put the weights in place that are to stay."""
+        watch = self._parts.watch
+        if watch is not None and watch.settle():
+            self._notice("best_kept", f"{watch.sentence()}: its weights are the result", "info")
 
     def _mark(self) -> None:
         """Where a checkpoint of now goes on from: a step that is broken off may take more."""
@@ -253,6 +270,16 @@ class Loop:
         if metrics is not None:
             self.counts.metrics = metrics
             self._parts.send(Evaluated(step=self.counts.step, metrics=metrics))
+            self._watch(metrics)
+
+    def _watch(self, metrics: Mapping[str, float]) -> None:
+        watch = self._parts.watch
+        if watch is None:
+            return
+        watch.take(metrics, self.counts.step)
+        if watch.is_out_of_patience:
+            message = f"{watch.sentence()}, {watch.record.misses} evaluations ago: stopped early"
+            self._notice("stopped_early", f"step {self.counts.step}: {message}", "info")
 
     def _save(self) -> None:
         """A checkpoint of the last whole step, once a step. A full disk costs it, not the job."""
@@ -274,13 +301,14 @@ class Loop:
         self._saved_at = time.monotonic()
 
     def _snapshot(self) -> Snapshot:
+        watch = self._parts.watch
         return Snapshot(
             step=self.counts.step,
             save_model=self._parts.save_model,
             optimizer=self._optimizer.state(),
             random=self._group.gather(randomness.capture(self._parts.plan.device)),
             state=self._state(),
-            kept={**self._parts.kept, **self._kept},
+            kept={**self._parts.kept, **self._kept, **(watch.kept() if watch else {})},
         )
 
     def _state(self) -> dict[str, Any]:
@@ -289,7 +317,11 @@ class Loop:
             "feed": self._position,
             "plan": self._parts.plan.model_dump(),
             "spec": self._parts.spec.model_dump(mode="json"),
+            "baseline": list(self._parts.baseline),
+            **({"best": self._parts.watch.state()} if self._parts.watch else {}),
         }
 
-    def _notice(self, code: str, message: str) -> None:
-        self._parts.send(Notice(level="warning", code=code, message=message))
+    def _notice(
+        self, code: str, message: str, level: Literal["info", "warning"] = "warning"
+    ) -> None:
+        self._parts.send(Notice(level=level, code=code, message=message))

@@ -83,6 +83,8 @@ class TrialLoop(Loop):
             return False
         self._position = self._feed.state()
         self._look_around()
+        if self.is_done:
+            self.settle()
         return True
 
     def snapshot(self) -> Snapshot:

@@ -16,8 +16,10 @@ from tunesmith.spec.strict import Name
 from tunesmith.spec.sweep import Sweep
 from tunesmith.spec.train import (
     MAX_LENGTH_LIMIT,
+    Best,
     Columns,
     Lora,
+    MetricName,
     Optim,
     PairLoss,
     Preference,
@@ -152,6 +154,38 @@ class TuningRequest(BaseModel):
         "then ignored",
         examples=[{"instruction": "question", "output": "answer"}],
     )
+    eval_steps: int | None = Field(
+        None,
+        ge=1,
+        le=100_000_000,
+        description="steps between evaluations of held-out rows; also after each epoch",
+    )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        le=10_000,
+        description="evaluations in a row without a better one, after which training ends",
+    )
+    early_stopping_threshold: float = Field(
+        0.0, ge=0, le=1e9, description="what is no more than this better is not better"
+    )
+    load_best_model_at_end: bool | None = Field(
+        None,
+        description="the result has the weights of the best evaluation; left out, it has them "
+        "where early_stopping_patience is given",
+    )
+    metric_for_best_model: MetricName = Field(
+        "eval_loss", description="of an evaluation, with or without `eval_`"
+    )
+    greater_is_better: bool | None = Field(
+        None, description="left out: less is better of losses and perplexity, more of the others"
+    )
+    compare_rows: int = Field(
+        200,
+        ge=0,
+        le=100_000,
+        description="held-out rows on which the result is compared with the model as it began",
+    )
     logging_steps: int = Field(1, ge=1, le=1_000_000, description="steps between reported losses")
     save_steps: int | None = Field(
         None, ge=1, le=100_000_000, description="steps between checkpoints; also every minute"
@@ -225,12 +259,34 @@ class TuningRequest(BaseModel):
             "seed": self.seed,
         }
 
+    def _best(self) -> Best | None:
+        """Raises BadRequestError."""
+        keep = self.load_best_model_at_end
+        if not keep and self.early_stopping_patience is None:
+            return None
+        if not self.holdout and self.eval_dataset_path is None:
+            raise BadRequestError(
+                "early_stopping_patience and load_best_model_at_end need held-out rows: give "
+                "eval_dataset_path, or holdout"
+            )
+        named = self.metric_for_best_model.removeprefix("eval_")
+        return Best(
+            metric=f"eval_{named}",
+            greater_is_better=self.greater_is_better,
+            patience=self.early_stopping_patience,
+            min_delta=self.early_stopping_threshold,
+            keep=keep is not False,
+        )
+
     def _run(self) -> Run:
         bits: Literal["4bit", "8bit"] | None = "8bit" if self.load_in_8bit else None
         return Run(
             quantization="4bit" if self.load_in_4bit else bits,
             devices=self.devices,
             probe=self.probe,
+            eval_steps=self.eval_steps,
+            best=self._best(),
+            compare_rows=self.compare_rows,
             logging_steps=self.logging_steps,
             save_steps=self.save_steps,
         )
