@@ -15,6 +15,7 @@ from typing import Any
 
 import dpo
 import grpo
+import pretrain
 from pipe import Side
 from workload import BATCH, SAMPLES, Work, samples, useful_flops_per_token, write_models
 
@@ -64,7 +65,7 @@ BARS = (
 )
 UTILISATION_BAR = 0.45
 LOSS_BAR = 1e-4
-COMPARED = {"dpo": dpo, "grpo": grpo}
+COMPARED = {"dpo": dpo, "grpo": grpo, "pretrain": pretrain}
 """Methods whose comparison is a file of its own."""
 
 

@@ -18,6 +18,8 @@ ASKED, GENERATIONS = 4, 8
 """Prompts of a step of reinforcement, and completions of each."""
 COMPLETION = 64
 """Tokens of a completion, at most: few end before, the models being random."""
+BLOCK = 256
+"""Tokens of a packed row to pretrain on."""
 LEARNING_RATE = 2e-5
 RANK, ALPHA = 8, 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -60,6 +62,12 @@ def pair_samples(seed: int = 0) -> list[PairSample]:
         other = [dice.randrange(2, VOCABULARY) for _ in range(length - 1)] + [END]
         made.append(PairSample(ids[:start], ids[start:], other))
     return made
+
+
+def blocks(count: int, seed: int = 0) -> list[list[int]]:
+    """Packed rows of random ids, each learnt whole."""
+    dice = random.Random(seed)
+    return [[dice.randrange(2, VOCABULARY) for _ in range(BLOCK)] for _ in range(count)]
 
 
 def prompts(count: int, seed: int = 0) -> list[list[int]]:

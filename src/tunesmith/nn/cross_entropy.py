@@ -11,10 +11,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from tunesmith.nn.matmul import product
+from tunesmith.nn.matmul import is_onednn, product
 
 CHUNK_LOGITS = 1 << 20
 """Logits alive at once: 4 MiB in fp32, so that they stay in the cache of a CPU."""
+CHUNK_ROWS = 512
+"""Over a large vocabulary: each chunk reads the head's weight and writes its gradient once, which
+few rows would not be worth."""
+LARGE = 8192
+"""Entries of a vocabulary, the weight of which fits in no cache."""
 
 
 def linear_cross_entropy_sum(
@@ -38,9 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_RH.device)
-        chunk = max(16, CHUNK_LOGITS // weight_VH.shape[0])
-        for start in range(0, hidden_RH.shape[0], chunk):
-            rows = slice(start, start + chunk)
+        for rows in _chunks(hidden_RH.shape[0], weight_VH.shape[0]):
             hidden_CH = hidden_RH[rows]
             logits_CV = product(hidden_CH, weight_VH).float()
             if bias_V is not None:
@@ -49,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = product(logits_CV.to(weight_VH.dtype), weight_VH.t())
             if grad_weight is not None:
-                grad_weight += product(logits_CV.t(), hidden_CH.t().float())
+                _add_product_(grad_weight, logits_CV, hidden_CH)
             if grad_bias is not None:
                 grad_bias += logits_CV.sum(0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)  # type: ignore[arg-type]
@@ -156,7 +159,7 @@ def _head_gradients(
         _log_prob_gradient_(logits_CV, normaliser_R1[rows], targets_R[rows, None])
         logits_CV *= grad_R[rows, None]
         if grad_weight is not None:
-            grad_weight += product(logits_CV.t(), hidden_RH[rows].t().float())
+            _add_product_(grad_weight, logits_CV, hidden_RH[rows])
         if grad_bias is not None:
             grad_bias += logits_CV.sum(0)
     dtype = weight_VH.dtype
@@ -167,8 +170,16 @@ def _head_gradients(
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
-    size = max(16, CHUNK_LOGITS // vocabulary)
+    size = max(CHUNK_ROWS if vocabulary > LARGE else 16, CHUNK_LOGITS // vocabulary)
     return (slice(start, start + size) for start in range(0, rows, size))
+
+
+def _add_product_(grad_VH: Tensor, logits_CV: Tensor, hidden_CH: Tensor) -> None:
+    """grad += logits.T @ hidden, without a second matrix of its size where that can be helped."""
+    if is_onednn(grad_VH):
+        grad_VH += product(logits_CV.t(), hidden_CH.t().float())
+    else:
+        grad_VH.addmm_(logits_CV.t(), hidden_CH.float())
 
 
 def _logits(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
