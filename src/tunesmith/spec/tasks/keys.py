@@ -189,6 +189,29 @@ KEYS: tuple[Key, ...] = (
     ),
     _key("logging_steps", "run.logging_steps", "steps between reported losses", "log_steps"),
     _key("eval_steps", "run.eval_steps", "steps between evaluations; also after each epoch"),
+    _key(
+        "metric_for_best_model",
+        "run.best.metric",
+        "by which evaluations are compared: eval/loss and the like",
+        read=readings.evaluated,
+    ),
+    _key("greater_is_better", "run.best.greater_is_better", "whether more of it is better"),
+    _key(
+        "early_stopping_patience",
+        "run.best.patience",
+        "evaluations in a row without a better one, after which it ends",
+    ),
+    _key(
+        "early_stopping_threshold",
+        "run.best.min_delta",
+        "what is no more than this better, is not better",
+    ),
+    _key(
+        "load_best_model_at_end",
+        "run.best.keep",
+        "the result has the weights of the best evaluation",
+    ),
+    _key("compare_rows", "run.compare_rows", "held-out rows on which base and result are compared"),
     # by what means
     _key(
         "precision",

@@ -59,6 +59,12 @@ def modules(value: Any) -> Any:
     return [name.strip() for name in value.split(",")]
 
 
+def evaluated(value: Any) -> Any:
+    """A metric of evaluations: `loss`, `eval_loss` and `eval/loss` are one."""
+    name = str(value).removeprefix("eval/").removeprefix("eval_")
+    return f"eval_{name}"
+
+
 def only(right: str, advice: str) -> Reading:
     """The one value that can be asked for; it says nothing."""
 
