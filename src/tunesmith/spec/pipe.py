@@ -152,6 +152,8 @@ class Finished(Strict):
     artifact: str
     """Absolute; a folder with a manifest."""
     manifest_sha256: Sha256
+    metrics: dict[MetricName, float] = Field({}, max_length=64)
+    """Of the result as a whole: what it is against the model it began as."""
     detail: dict[str, Any] = {}
 
 

@@ -73,7 +73,7 @@ class Optim(Strict):
     seed: int = Field(42, ge=0, le=2**31 - 1)
 
 
-MetricName = Annotated[str, StringConstraints(pattern=r"^[\w/.\-]{1,59}$")]
+MetricName = Annotated[str, StringConstraints(min_length=1, max_length=59, pattern=r"^[\w/.\-]+$")]
 FALLING = ("loss", "perplexity", "kl_divergence")
 """How the names of metrics end of which less is better."""
 

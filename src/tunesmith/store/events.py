@@ -9,7 +9,15 @@ from sqlalchemy import and_, bindparam, func, insert, select, update
 from sqlalchemy.engine import Connection, RowMapping
 
 from tunesmith.spec.hands import NumberedEvent
-from tunesmith.spec.pipe import Checkpointed, Evaluated, Notice, Started, Step, TrainerEvent
+from tunesmith.spec.pipe import (
+    Checkpointed,
+    Evaluated,
+    Finished,
+    Notice,
+    Started,
+    Step,
+    TrainerEvent,
+)
 from tunesmith.spec.records import CheckpointRow, JobEvent, JobState
 from tunesmith.store import rows
 from tunesmith.store.tables import attempts, events, jobs, now
@@ -122,6 +130,9 @@ def _apply(row: RowMapping, said: Sequence[Any]) -> dict[str, Any]:
                 values |= _started(row, event)
             case Step():
                 values |= _stepped(row, values, event)
+            case Finished():
+                seen = values.get("metrics", row["metrics"])
+                values["metrics"] = {**seen, **event.metrics}
             case Evaluated():
                 seen = values.get("metrics", row["metrics"])
                 values["metrics"] = {**seen, **_named(event.trial, event.metrics)}

@@ -22,6 +22,7 @@ class Record:
     """None before the first evaluation."""
     misses: int = 0
     """Evaluations since, that were no better."""
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Watch:
         if value is None or not self._is_better(value):
             self.record.misses += 1
             return False
-        self.record = Record(step, value)
+        self.record = Record(step, value, metrics=dict(metrics))
         if self.wanted.keep:
             own = self.model.weights()
             self._weights = {name: one.detach().clone() for name, one in own.items()}

@@ -16,7 +16,6 @@ from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.nn.language import Model, open_scorer, open_with
 from tunesmith.nn.opening import Opening
 from tunesmith.spec.pipe import (
-    Evaluated,
     Finished,
     Notice,
     Plan,
@@ -73,6 +72,7 @@ class Job:
         self._task, self._spec, self._group = task, task.spec, group
         self._report, self._asks = report, asks
         self._told_at = time.monotonic()
+        self._comparison: dict[str, float] = {}
         self._lora: Lora | None = None if isinstance(task.spec, Pretrain) else task.spec.lora
 
     def run(self) -> None:
@@ -114,7 +114,7 @@ class Job:
             self._start(opened, loop)
             is_whole = loop.run()
             if is_whole:
-                self._compare(loop, compared)
+                self._compare(compared)
         except Interrupted:
             is_whole = False
         if is_whole:
@@ -279,13 +279,11 @@ class Job:
         samples = draw(evaluation.source, rows, self._spec.optim.seed)
         return Compared.of(opened.model, evaluation.objective, samples, known, pace)
 
-    def _compare(self, loop: Loop, compared: Compared | None) -> None:
+    def _compare(self, compared: Compared | None) -> None:
         found = None if compared is None else compared.found(self._spec.optim.seed)
-        if found is None:
-            return
-        loop.counts.metrics |= found.metrics()
-        self._report.send(Evaluated(step=loop.counts.step, metrics=found.metrics()))
-        self._report.send(Notice(level="info", code="compared", message=found.sentence()))
+        if found is not None:
+            self._comparison = found.metrics()
+            self._report.send(Notice(level="info", code="compared", message=found.sentence()))
 
     def _loop(
         self,
@@ -356,6 +354,7 @@ class Job:
                 step=loop.counts.step,
                 artifact=str(path),
                 manifest_sha256=digest,
+                metrics=self._comparison,
                 detail={**record["metrics"], "omitted": record["omitted"]},
             )
         )
@@ -398,6 +397,7 @@ class Job:
                 "skipped_updates": counts.skipped_updates,
                 "loss": counts.loss,
                 **counts.metrics,
+                **self._comparison,
             },
         }
 

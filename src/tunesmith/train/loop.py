@@ -147,6 +147,7 @@ class Loop:
         """Put the weights in place that are to stay."""
         watch = self._parts.watch
         if watch is not None and watch.settle():
+            self.counts.metrics = dict(watch.record.metrics)
             self._notice("best_kept", f"{watch.sentence()}: its weights are the result", "info")
 
     def _mark(self) -> None:
