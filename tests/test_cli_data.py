@@ -43,6 +43,17 @@ def run(line: str, capsys: Output) -> tuple[int, str, str]:
     return code, out, err
 
 
+def test_rows_that_stand_in_both_files_are_told(here: Path, capsys: Output) -> None:
+    write_rows(here / "eval.jsonl", [{"messages": CHAT[0]["messages"] * 2}, CHAT[0]])
+    code, _, err = run("data check chat.jsonl --eval eval.jsonl", capsys)
+    assert code == 0
+    assert "1 row of the validation set that stand" in err
+    assert "(line 2 as line 1)" in err
+    _, out, _ = run("data check chat.jsonl --eval eval.jsonl --json", capsys)
+    assert json.loads(out)["overlap"]["first"] == [{"line": 2, "first": 1}]
+    assert run("data check chat.jsonl --eval none.jsonl", capsys)[0] == 3
+
+
 def test_a_sound_file_is_told_with_what_is_twice_in_it(capsys: Output) -> None:
     code, _, err = run("data check chat.jsonl", capsys)
     assert code == 0

@@ -835,10 +835,12 @@ def test_what_was_asked_for_comes_back_unchanged(ledger: Ledger) -> None:
         retry_of="0123abcd",
         resume_from="/ws/체크포인트",
         estimate=ESTIMATE,
+        warnings=("2 rows say what others say 🙂",),
     )
     job = ledger.submit(**dict(new))
     for name in type(new).model_fields:
-        if name not in ("output_dir", "estimate"):
+        if name not in ("output_dir", "estimate", "warnings"):
             assert getattr(ledger.get(job.id), name) == getattr(new, name)
     [first] = ledger.store.read(lambda tx: events.after(tx, job.id))
-    assert first.data == {"estimate": ESTIMATE.model_dump(mode="json")}
+    told = {"estimate": ESTIMATE.model_dump(mode="json"), "warnings": list(new.warnings)}
+    assert first.data == told

@@ -14,6 +14,7 @@ from tunesmith.cli.terminal import FAILED, NOT_FOUND, CommandError, show_json, t
 if TYPE_CHECKING:
     from tunesmith.data.reading import Reading
     from tunesmith.data.rows import FileReport
+    from tunesmith.data.twins import Twins
     from tuning_sdk import Preview
 
 Overlong = Literal["drop", "truncate", "refuse"]
@@ -29,6 +30,10 @@ CleanOption = Annotated[
 
 def check(
     path: Annotated[Path, typer.Argument(metavar="DATA", help="The file.")],
+    validation: Annotated[
+        Path | None,
+        typer.Option("--eval", metavar="DATA", help="Rows of it that stand in DATA are told."),
+    ] = None,
     columns: ColumnsOption = None,
     pretrain: PretrainOption = False,
     clean: CleanOption = False,
@@ -38,11 +43,16 @@ def check(
     from tunesmith.data.rows import check_file
 
     _refuse_missing(path)
-    report = check_file(path.resolve(), name=path.name, reading=_reading(columns, pretrain, clean))
+    reading = _reading(columns, pretrain, clean)
+    report = check_file(path.resolve(), name=path.name, reading=reading)
+    shared = None if validation is None else _shared(path, validation, reading)
     if as_json:
-        show_json(report.model_dump(mode="json"))
+        told = {} if shared is None else {"overlap": shared.model_dump(mode="json")}
+        show_json(report.model_dump(mode="json") | told)
     else:
         _tell_report(path.name, report, pretrain)
+        if shared:
+            _tell_shared(shared)
     is_other = pretrain and report.format not in ("text", None)
     if is_other:
         raise CommandError(f"pretraining reads plain text; these rows are in {report.format}")
@@ -170,6 +180,20 @@ def _tell_report(name: str, report: "FileReport", is_pretrain: bool) -> None:
     if report.fault_count > len(report.faults):
         tell(f"  … and {report.fault_count - len(report.faults):,} more")
     tell(f"{report.fault_count:,} faults" if report.fault_count else "no fault")
+
+
+def _shared(training: Path, validation: Path, reading: "Reading") -> "Twins":
+    from tunesmith.data.alike import overlap
+
+    _refuse_missing(validation)
+    return overlap(training.resolve(), validation.resolve(), reading)
+
+
+def _tell_shared(shared: "Twins") -> None:
+    from tunesmith.data.alike import OVERLAPPING
+
+    if shared.count:
+        tell(f"warning: {shared.sentence(OVERLAPPING)}")
 
 
 def _refuse_missing(path: Path) -> None:

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -37,6 +37,9 @@ from tunesmith.cli.terminal import (
     suggest,
     tell,
 )
+from tunesmith.data.alike import overlap, refuse
+from tunesmith.data.reading import Reading
+from tunesmith.data.rows import check_file
 from tunesmith.spec.pipe import (
     Failed,
     Finished,
@@ -81,6 +84,7 @@ class Foreground:
         target = out or Path(asked.output_dir or f"outputs/{path.stem}")
         full = target.expanduser().absolute()
         _check_free(full / asked.folder)
+        _refuse_twins(spec, inputs, name)
         return cls(spec, inputs, full / asked.folder, is_fresh, name=full.name)
 
     @property
@@ -351,6 +355,19 @@ def _found(name: str, text: str) -> str:
         "paths in a spec file are relative to the folder you are in",
         NOT_FOUND,
     )
+
+
+def _refuse_twins(spec: AnySpec, inputs: Inputs, name: Callable[[str], str]) -> None:
+    """Raises ValidationError where rows say the same that are not to."""
+    reading, training = Reading.of(spec), Path(inputs.dataset).resolve()
+    validation = None if inputs.eval_dataset is None else Path(inputs.eval_dataset).resolve()
+    if spec.duplicates == "refuse":
+        refuse("duplicates", check_file(training, reading=reading).duplicates, name("dataset"))
+        if validation is not None:
+            repeated = check_file(validation, reading=reading).duplicates
+            refuse("duplicates", repeated, name("eval_dataset"))
+    if spec.overlap == "refuse" and validation is not None:
+        refuse("overlap", overlap(training, validation, reading), name("eval_dataset"))
 
 
 def _check_free(out: Path) -> None:

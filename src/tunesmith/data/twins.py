@@ -113,6 +113,21 @@ def repeats(prints: Prints) -> Twins:
     return _twins(found())
 
 
+def shared(training: Prints, validation: Prints) -> Twins:
+    """Rows of the second file that stand in the first as well: `line` is the second's."""
+
+    def found() -> Iterator[tuple[int, int]]:
+        for at in range(_BUCKETS):
+            seen: dict[int, int] = {}
+            for number, line in training.bucket(at):
+                seen.setdefault(number, line)
+            for number, line in validation.bucket(at):
+                if number in seen:
+                    yield line, seen[number]
+
+    return _twins(found())
+
+
 def fingerprint(row: Row) -> int:
     """Of all that a row says, whatever format or file it stood in."""
     body = msgspec.json.encode(_said(row), enc_hook=_plain)

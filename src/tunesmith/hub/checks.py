@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.data import alike
 from tunesmith.data.asked import STAND_IN_TOKENS, AskedRows
 from tunesmith.data.check import Verdict, check_tokens
 from tunesmith.data.fit import Cut
@@ -13,7 +14,9 @@ from tunesmith.data.measure import measure
 from tunesmith.data.reading import Reading
 from tunesmith.data.render import TrainOn
 from tunesmith.data.rows import RowIndex, Rows
+from tunesmith.data.twins import Twins
 from tunesmith.errors import FailureClass, TuningAPIError
+from tunesmith.hub import overlaps
 from tunesmith.hub.data import Pinned
 from tunesmith.hub.downloads import Downloads
 from tunesmith.hub.estimate import foretell
@@ -83,8 +86,11 @@ class Checks:
     async def _check(self, job: Job) -> None:
         try:
             verdicts = await asyncio.to_thread(_verdicts, self._hub, job)
+            shared = await asyncio.to_thread(_shared, self._hub, job)
             failure = next((found.failure for found in verdicts if found.failure), None)
+            failure = failure or _overlap_failure(job.spec, shared)
             detail = self._detail(job, verdicts[0]) if verdicts else {}
+            detail |= {"warnings": alike.warnings(Twins(), shared)} if shared.count else {}
         except (TuningAPIError, OSError) as error:
             failure, detail = str(error), {}
         except Exception as error:  # a check that breaks must not stop the others
@@ -132,6 +138,18 @@ def _verdicts(hub: "Hub", job: Job) -> list[Verdict]:
         hub.store.write(partial(catalog.keep_verdict, key=place, verdict=body)).result()
         found.append(verdict)
     return found
+
+
+def _shared(hub: "Hub", job: Job) -> Twins:
+    if job.eval_dataset is None:
+        return Twins()
+    return overlaps.find(hub, job.dataset, job.eval_dataset, Reading.of(job.spec))
+
+
+def _overlap_failure(spec: TrainSpec, shared: Twins) -> str | None:
+    if spec.overlap == "warn" or not shared.count:
+        return None
+    return alike.refusal("overlap", shared)
 
 
 def measured(hub: "Hub", spec: TrainSpec, folder: ModelFolder, part: Pinned) -> Measure:

@@ -12,6 +12,7 @@ from sqlalchemy.engine import Connection
 from tunesmith.data.reading import Reading
 from tunesmith.data.rows import FileReport, check_file
 from tunesmith.data.scan import open_regular
+from tunesmith.data.twins import Twins
 from tunesmith.errors import BadRequestError, ValidationError
 from tunesmith.hub.names import FoundData
 from tunesmith.hub.principal import Principal
@@ -37,6 +38,7 @@ class Pinned:
     format: str
     num_samples: int
     size: int
+    duplicates: Twins
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def pin(hub: "Hub", found: FoundData, field: str, reading: Reading = Reading()) 
     _refuse_faults(report, found.name, field)
     source = Source(name=found.name, path=str(path), sha256=sha256)
     assert report.format
-    pinned = Pinned(source, report.format, report.num_samples, report.size)
+    pinned = Pinned(source, report.format, report.num_samples, report.size, report.duplicates)
     if len(hub.pinned) > 1000:
         hub.pinned.clear()
     hub.pinned[(str(found.path), stamp, reading)] = pinned

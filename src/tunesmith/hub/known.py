@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tunesmith.data.check import Verdict
 from tunesmith.data.reading import Reading
-from tunesmith.hub import checks, data
+from tunesmith.data.twins import Twins
+from tunesmith.hub import checks, data, overlaps
 from tunesmith.hub.data import Pinned
 from tunesmith.hub.estimate import Ran
 from tunesmith.hub.folder import read
@@ -45,6 +46,10 @@ class Look(Protocol):
     def pinned(self, name: str, who: Principal, field: str, reading: Reading) -> Pinned: ...
 
     def verdict(self, spec: TrainSpec, model: FoundModel, part: Pinned) -> Verdict | None: ...
+
+    def overlap(self, training: Pinned, part: Pinned, reading: Reading) -> Twins | None:
+        """Rows of `part` that are trained on as well; None where it was not looked at yet."""
+        ...
 
     def workers(self) -> Collection[Capacity]: ...
 
@@ -86,6 +91,7 @@ class Known:
         self._models: dict[str, _Entry] = {}
         self._data: dict[str, _Entry] = {}
         self._verdicts: dict[str, Verdict] = {}
+        self._overlaps: dict[str, Twins] = {}
         self._workers: tuple[float, Collection[Capacity]] = (-math.inf, ())
 
     def base(self, name: str, who: Principal, field: str) -> FoundModel:
@@ -104,6 +110,12 @@ class Known:
         if digest is None or sha256 is None:
             raise Unknown
         found = self._verdicts.get(checks.key(sha256, digest, spec, model.folder))
+        if found is None:
+            raise Unknown
+        return found
+
+    def overlap(self, training: Pinned, part: Pinned, reading: Reading) -> Twins | None:
+        found = self._overlaps.get(overlaps.key(training.source, part.source, reading))
         if found is None:
             raise Unknown
         return found
@@ -185,6 +197,10 @@ class Known:
         _make_room(self._verdicts)
         self._verdicts[checks.key(part.source.sha256, digest, spec, model.folder)] = found
 
+    def keep_overlap(self, place: str, found: Twins) -> None:
+        _make_room(self._overlaps)
+        self._overlaps[place] = found
+
     def keep_workers(self, known: Collection[Capacity]) -> None:
         self._workers = (time.monotonic(), known)
 
@@ -224,6 +240,13 @@ class Lookup:
         found = checks.kept(self._hub, spec, model.folder, part.source.sha256, digest)
         if found is not None:
             self._hub.known.keep_verdict(spec, model, part, digest, found)
+        return found
+
+    def overlap(self, training: Pinned, part: Pinned, reading: Reading) -> Twins | None:
+        place = overlaps.key(training.source, part.source, reading)
+        found = overlaps.kept(self._hub, place)
+        if found is not None:
+            self._hub.known.keep_overlap(place, found)
         return found
 
     def workers(self) -> Collection[Capacity]:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import msgspec
 from sqlalchemy.engine import Connection
 
+from tunesmith.data import alike
 from tunesmith.data.reading import Reading
 from tunesmith.data.suited import refuse_unsuited
+from tunesmith.data.twins import Twins
 from tunesmith.errors import (
     BadRequestError,
     NoSpaceError,
@@ -106,6 +108,7 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
     if spec.eval_dataset is not None:
         evaluation = look.pinned(spec.eval_dataset, who, asked.name("eval_dataset"), reading)
         _refuse_unsuited(evaluation, asked, "eval_dataset")
+    overlap = _overlap(look, training, evaluation, asked)
     output_dir = None if asked.output_dir is None else output.find(hub, asked, model.folder)
     _refuse_full_disk(spec, model, free_bytes)
     workers = look.workers()
@@ -126,9 +129,10 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
         output_dir=output_dir,
         needs=wanted,
         priority=asked.priority,
-        is_validated=model.is_here and all(verdict is not None for verdict in verdicts),
+        is_validated=model.is_here and None not in (*verdicts, overlap),
         request=asked.request,
         label=asked.label,
+        warnings=alike.warnings(training.duplicates, overlap or Twins()),
         resume_from=_checkpoint(hub, asked),
         estimate=(
             None
@@ -155,6 +159,26 @@ def _refuse_unsuited(part: Pinned, asked: Request, field: str) -> None:
     """Rows of a format that the method does not read."""
     name = asked.name(field)
     refuse_unsuited(asked.spec.method, part.format, f"{name}: {part.source.name!r}", name)
+
+
+def _overlap(
+    look: Look, training: Pinned, evaluation: Pinned | None, asked: Request
+) -> Twins | None:
+    """What the validation set shares with the training set; None where the check has yet to tell.
+
+    Raises ValidationError where such rows, or rows that say the same, are to be refused.
+    """
+    spec = asked.spec
+    if spec.duplicates == "refuse":
+        alike.refuse("duplicates", training.duplicates, asked.name("dataset"))
+        if evaluation is not None:
+            alike.refuse("duplicates", evaluation.duplicates, asked.name("eval_dataset"))
+    if evaluation is None:
+        return Twins()
+    found = look.overlap(training, evaluation, Reading.of(spec))
+    if found is not None and spec.overlap == "refuse":
+        alike.refuse("overlap", found, asked.name("eval_dataset"))
+    return found
 
 
 def _refuse_single(part: Pinned, asked: Request) -> None:

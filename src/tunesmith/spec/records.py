@@ -77,6 +77,8 @@ class NewJob(Strict):
     """A checkpoint folder to start from, absolute."""
     estimate: Estimate | None = None
     """Kept in the first event."""
+    warnings: tuple[str, ...] = ()
+    """Kept there as well: sentences on what may not be meant."""
 
 
 class Job(Strict):

@@ -129,6 +129,9 @@ class Run(Strict):
     leaves that out."""
 
 
+OnTwins = Literal["warn", "refuse"]
+
+
 class Data(Strict):
     """How the rows of the data set, and of the one for validation, are read."""
 
@@ -139,6 +142,11 @@ class Data(Strict):
     """Share of the rows that is kept back from training and evaluated instead, drawn by
     `optim.seed`; at least one row where it is above 0. Where there is no `eval_dataset`."""
     run: Run = Run()
+
+    duplicates: OnTwins = "warn"
+    """What becomes of a job whose data set, or eval_dataset, has rows that say the same."""
+    overlap: OnTwins = "warn"
+    """What becomes of one whose eval_dataset has rows that are trained on as well."""
 
     @model_validator(mode="after")
     def _check_holdout(self) -> Self:

@@ -115,7 +115,10 @@ def _row(new: NewJob, at: float, outputs_root: str | PathLike[str]) -> dict[str,
 
 def _told(new: NewJob) -> str:
     """The first event's data."""
-    return "{}" if new.estimate is None else f'{{"estimate":{new.estimate.model_dump_json()}}}'
+    told = [] if new.estimate is None else [f'"estimate":{new.estimate.model_dump_json()}']
+    if new.warnings:
+        told.append(f'"warnings":{msgspec.json.encode(new.warnings).decode()}')
+    return f"{{{','.join(told)}}}"
 
 
 def _add(dialect: str) -> Any:

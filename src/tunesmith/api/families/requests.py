@@ -20,6 +20,7 @@ from tunesmith.spec.train import (
     Columns,
     Lora,
     MetricName,
+    OnTwins,
     Optim,
     PairLoss,
     Preference,
@@ -148,6 +149,12 @@ class TuningRequest(BaseModel):
         description="share of the rows that is evaluated and not trained on, where no "
         "eval_dataset_path is given",
     )
+    duplicates: OnTwins = Field(
+        "warn", description="what becomes of a job with rows that say what an earlier row says"
+    )
+    overlap: OnTwins = Field(
+        "warn", description="of one with rows of eval_dataset_path that are trained on as well"
+    )
     columns: Columns = Field(
         {},
         description="field of a format → column of the files, mapped by hand; other columns are "
@@ -238,6 +245,8 @@ class TuningRequest(BaseModel):
             "dataset": self.dataset_path,
             "eval_dataset": self.eval_dataset_path,
             "holdout": self.holdout,
+            "duplicates": self.duplicates,
+            "overlap": self.overlap,
             "columns": self.columns,
             "max_length": self.max_length,
             "overlong": self.overlong,
