@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from house import open_house
+from rl_fixtures import MATCH, guessing
 from train_fixtures import (
     Events,
     Place,
@@ -22,12 +23,13 @@ from train_fixtures import (
     pairs,
     preferences,
     read_events,
+    run_here,
     sft,
     tuned,
     write_rows,
 )
 from tunesmith.spec.pipe import Inputs, Plan, TrainerTask
-from tunesmith.spec.train import Kto, Lora, Preference, Run
+from tunesmith.spec.train import Grpo, Kto, Lora, Preference, Run
 
 PAIR = Plan(threads=1, processes=2, micro_batch_tokens=96)
 EACH_STEP = Run(save_steps=1, keep_checkpoints=20, save_seconds=3600)
@@ -125,6 +127,18 @@ def test_two_processes_compare_answers_as_one_does(
     for ours, theirs in zip(both.of("step"), alone.of("step"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=1e-3, abs=1e-4)
+
+
+def test_two_processes_draw_and_learn_as_one_does(tmp_path: Path) -> None:
+    place = guessing(tmp_path)
+    common = {"rewards": MATCH, "max_completion_length": 6, "max_length": 32, "max_steps": 3}
+    common |= {"num_generations": 4, "kl_target": 0.1, "update_epochs": 2}
+    pair = tuned(Grpo, rollout_batch_size=4, batch_size=16, **common)
+    one = tuned(Grpo, rollout_batch_size=8, batch_size=32, **common)
+    alone, both = run_here(place.task(one)), run(place.task(pair, plan=PAIR))
+    assert both.losses == pytest.approx(alone.losses, abs=1e-6)
+    for step, expected in zip(both.of("step"), alone.of("step"), strict=True):
+        assert step["metrics"] == pytest.approx(expected["metrics"], abs=1e-5)
 
 
 def test_a_stop_ends_both_with_a_checkpoint_from_which_the_same_bits_follow(
