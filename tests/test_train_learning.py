@@ -1,0 +1,69 @@
+"""Reinforcement learns: a reward that can be checked grows, and divergence is held at a target.
+
+From an SFT start that guesses right once in four or five times.
+"""
+
+import statistics
+from typing import Any
+
+import pytest
+
+from rl_fixtures import MATCH, guessing
+from train_fixtures import Events, Place, run_here, tuned
+from tunesmith.spec.train import Grpo, Ppo
+
+pytestmark = pytest.mark.slow
+TASK = {
+    "rewards": MATCH,
+    "max_completion_length": 6,
+    "max_length": 32,
+    "epochs": 1000,
+    "scheduler": "linear",
+}
+GRPO = TASK | {
+    "rollout_batch_size": 4,
+    "num_generations": 16,
+    "batch_size": 64,
+    "update_epochs": 2,
+    "learning_rate": 3e-3,
+    "max_steps": 160,
+}
+PPO = TASK | {
+    "rollout_batch_size": 64,
+    "batch_size": 32,
+    "update_epochs": 4,
+    "learning_rate": 2e-3,
+    "max_steps": 240,
+    "beta": 0.005,
+}
+UPDATES = {Grpo: 2, Ppo: 8}
+"""Of a round."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return guessing(tmp_path_factory.mktemp("learning"), epochs=60, words=4)
+
+
+def by_round(events: Events, kind: type[Grpo] | type[Ppo], metric: str) -> list[float]:
+    told = [step["metrics"][metric] for step in events.of("step")]
+    return told[:: UPDATES[kind]]
+
+
+@pytest.mark.parametrize(("kind", "asked"), [(Grpo, GRPO), (Ppo, PPO)])
+def test_a_reward_grows_from_a_guess_to_nearly_always(
+    place: Place, kind: type[Grpo] | type[Ppo], asked: dict[str, Any]
+) -> None:
+    inputs = place.task(tuned(kind, **asked)).inputs
+    both = inputs.model_copy(update={"eval_dataset": inputs.dataset})
+    events = run_here(place.task(tuned(kind, **asked, eval_dataset="e"), inputs=both))
+    assert by_round(events, kind, "reward/mean")[0] < 0.3
+    assert statistics.mean(by_round(events, kind, "reward/mean")[-5:]) > 0.85
+    assert events.of("evaluated")[-1]["metrics"]["eval_reward/mean"] > 0.9
+
+
+def test_divergence_is_held_near_its_target(place: Place) -> None:
+    asked = PPO | {"scheduler": "constant", "max_steps": 280, "kl_target": 0.2}
+    events = run_here(place.task(tuned(Ppo, **(asked | {"beta": 0.5, "kl_gain": 0.15}))))
+    held = by_round(events, Ppo, "kl_divergence")[-12:]
+    assert 0.1 < statistics.mean(held) < 0.3
