@@ -77,10 +77,12 @@ def prepare(workspace: Path, count: int) -> str:
     return model
 
 
-def rows(words: list[str], per_token: float, dice: random.Random) -> Iterator[str]:
-    """Prompt and completion, log-uniform in length from 20 to about 500 tokens."""
+def rows(
+    words: list[str], per_token: float, dice: random.Random, longest: int = LONGEST
+) -> Iterator[str]:
+    """Prompt and completion, log-uniform in length from 20 to about `longest` tokens."""
     for _ in range(ROWS):
-        length = math.exp(dice.uniform(math.log(SHORTEST), math.log(LONGEST))) * per_token
+        length = math.exp(dice.uniform(math.log(SHORTEST), math.log(longest))) * per_token
         start, size = dice.randrange(len(words) - LONGEST), max(8, int(length * 0.95))
         text = words[start : start + size] or words[:size]
         cut = max(2, int(len(text) * dice.uniform(0.2, 0.5)))

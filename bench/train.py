@@ -16,8 +16,9 @@ from typing import Any
 import dpo
 import grpo
 import pretrain
+import sweep
 from pipe import Side
-from workload import BATCH, SAMPLES, Work, samples, useful_flops_per_token, write_models
+from workload import BATCH, LONGEST, SAMPLES, Work, samples, useful_flops_per_token, write_models
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,10 @@ def main() -> None:
     chosen = [one for one in VARIANTS if not asked.variants or one.name in asked.variants]
     with tempfile.TemporaryDirectory() as folder:
         models = write_models(Path(folder))
-        if asked.method in COMPARED:
+        if asked.sweep:
+            report = sweep.run(asked, Path(folder))
+            sweep.show(report)
+        elif asked.method in COMPARED:
             compared = COMPARED[asked.method]
             report = compared.run(asked, models)
             compared.show(report)
@@ -94,6 +98,8 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", choices=["sft", *COMPARED], default="sft")
+    parser.add_argument("--sweep", type=int, choices=range(1, 9), help="LoRA configurations")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="tokens, of a sweep's samples")
     parser.add_argument("--steps", type=int, default=6, help="measured, of each variant and round")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the clock starts")
     parser.add_argument("--rounds", type=int, default=2)
@@ -101,7 +107,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="*", choices=[one.name for one in VARIANTS])
     parser.add_argument("--json", type=Path, help="out/train.json, or out/<method>.json")
     asked = parser.parse_args()
-    name = "train.json" if asked.method == "sft" else f"{asked.method}.json"
+    kind = "sweep" if asked.sweep else asked.method
+    name = "train.json" if kind == "sft" else f"{kind}.json"
     asked.json = asked.json or Path(__file__).parent / "out" / name
     return asked
 

@@ -131,6 +131,18 @@ def test_a_run_says_where_it_is_at_each_logged_step_and_always_at_the_first_and_
     assert [event["type"] for event in events.all][-2:] == ["checkpointed", "finished"]
 
 
+def test_the_norms_of_an_adapters_weights_are_told(place):
+    events = run_here(place.task(sft(Lora(rank=2, use_dora=True), max_steps=3)))
+    first, *_, last = [event["metrics"] for event in events.of("step")]
+    tensors = load_file(Path(events.last["artifact"]) / "adapter_model.safetensors")
+    for mark, metric in (("lora_A", "lora_a_norm"), ("lora_B", "lora_b_norm")):
+        flat = torch.cat([one.flatten() for name, one in tensors.items() if mark in name])
+        assert last[metric] == pytest.approx(flat.norm().item(), rel=1e-6)
+    assert first["lora_b_norm"] > 0
+    assert "lora_magnitude_norm" in last
+    assert not run_here(place.task(sft(max_steps=1))).of("step")[0]["metrics"]
+
+
 def test_epochs_may_be_a_fraction(place):
     events = run_here(place.task(sft(epochs=0.5, batch_size=8)))
     assert events.last["step"] == math.ceil(0.5 * math.ceil(COUNT / 8))

@@ -57,6 +57,15 @@ Answer = str | None
 
 
 @dataclass(frozen=True, slots=True)
+class RowAdapter:
+    """What a row says of the adapter it is to train; what is None is the configuration's."""
+
+    targets: tuple[str, ...] | None = None
+    """Sorted."""
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One sample, whatever format it stood in.
 
@@ -65,7 +74,8 @@ class Row:
     (no template, the end token is appended), a plain document `text`. An answer that was judged
     has a `label`: whether it is wanted. A pair is the row of the chosen answer; `rejected` is the
     same with the other one, and `margin` how much better the chosen one is. A row that only asks
-    has no answer; `reference` is what should be answered.
+    has no answer; `reference` is what should be answered. `adapter` is the one that it is to train,
+    where it names one.
     """
 
     line: int
@@ -78,6 +88,7 @@ class Row:
     rejected: "Row | None" = None
     margin: float | None = None
     reference: str | None = None
+    adapter: RowAdapter | None = None
 
 
 class RowFault(ValidationError):

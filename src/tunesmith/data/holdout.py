@@ -28,7 +28,7 @@ class Rows(Protocol):
 class Part:
     """Some of a file's rows, in the file's order; 8 bytes are held for each."""
 
-    index: RowIndex
+    index: Rows
     places: "array[int]"
 
     @property

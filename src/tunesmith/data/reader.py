@@ -1,21 +1,22 @@
 """One file's rows, whatever they stand in: told apart, numbered, brought into one format."""
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, BinaryIO
 
 import msgspec
 
-from tunesmith.data import formats, parquet, scan, tables
+from tunesmith.data import formats, parquet, row_adapters, scan, tables
 from tunesmith.data.formats import Format, Row, RowFault, Wrong
 from tunesmith.data.reading import Reading, as_json
+from tunesmith.data.row_adapters import RANK, TARGETS
 from tunesmith.data.scan import Layout, Span
 
 SAMPLE = 20
 """Rows looked at to find the format."""
 _NESTED = (
-    *("messages", "conversations", "tools", "history"),
+    *("messages", "conversations", "tools", "history", TARGETS),
     *("chosen", "rejected", "responses", "preferred_output", "non_preferred_output"),
 )
 """Fields that a cell of text holds as JSON."""
@@ -100,7 +101,9 @@ class Reader:
             return set()
         if self.reading.columns:
             return set(self.names(span)) - {column for _, column in self.reading.columns}
-        return {name for name in self.names(span) if name} - formats.known_fields(format)
+        known = formats.known_fields(format)
+        own = {TARGETS, RANK} if format in row_adapters.FORMATS else set[str]()
+        return {name for name in self.names(span) if name} - known - own
 
     def row(self, span: Span, format: Format) -> Row:
         """Raises RowFault."""
@@ -119,7 +122,9 @@ class Reader:
             body = self.reading.mapped(parquet.body_of(body), self.columns)
         else:
             body = self.reading.mapped(body)
-        return formats.parse(body, format, span.line)
+        row = formats.parse(body, format, span.line)
+        adapter = row_adapters.find(body, format, by_rank=self.reading.by_rank)
+        return row if adapter is None else replace(row, adapter=adapter)
 
     def _fields(self, body: bytes) -> dict[str, Any]:
         """By the names of the formats, hand-mapped ones too. Raises Wrong."""
@@ -138,7 +143,7 @@ class Reader:
     def _wanted(self) -> list[str]:
         if self.reading.columns:
             return [column for _, column in self.reading.columns]
-        return sorted(set[str]().union(*map(formats.known_fields, formats.FORMATS)))
+        return sorted({TARGETS, RANK}.union(*map(formats.known_fields, formats.FORMATS)))
 
     def _fault(self, span: Span, wrong: Wrong) -> RowFault:
         return RowFault(span.line, wrong.reason, loc=wrong.loc, unit=self.unit)

@@ -3,14 +3,14 @@
 import hashlib
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import msgspec
 
 from tunesmith.data import formats
 from tunesmith.data.formats import Row, Wrong
-from tunesmith.spec.train import Pretrain, TrainSpec
+from tunesmith.spec.train import Pretrain, Sft, TrainSpec
 
 Controls = Literal["kept", "refused", "removed"]
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
@@ -31,9 +31,13 @@ class Reading:
     """Field and column, where they were mapped by hand: then the others are ignored."""
     controls: Controls = "kept"
     """Control characters in plain text."""
+    by_rank: bool = False
+    """Whether a row's `rank` by itself names an adapter; with `target_modules` it does always."""
 
     @classmethod
     def of(cls, spec: TrainSpec) -> "Reading":
+        if isinstance(spec, Sft) and spec.row_ranks:
+            return replace(cls.by(spec.columns), by_rank=True)
         if isinstance(spec, Pretrain):
             return cls.by(spec.columns, "removed" if spec.clean else "refused")
         return cls.by(spec.columns)
@@ -47,7 +51,7 @@ class Reading:
         """A part of the names that verdicts are kept under; empty for the plain reading."""
         if self == Reading():
             return ""
-        told = msgspec.json.encode([self.columns, self.controls])
+        told = msgspec.json.encode([self.columns, self.controls, *["rank"][: self.by_rank]])
         return ":" + hashlib.sha256(told).hexdigest()[:32]
 
     def cleaned(self, body: bytes) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from tunesmith.nn.folder import ModelFolder, listed, refuse
+from tunesmith.nn.folder import ModelFolder, listed, open_folder, refuse
 from tunesmith.nn.hosted import HostedModel, HostedScorer, find_ways
 from tunesmith.spec.train import Lora
 
@@ -293,6 +293,20 @@ def linear_names(model: torch.nn.Module) -> list[str]:
     return [
         name.split(".")[-1] for name, one in model.named_modules() if type(one).__name__ in kinds
     ]
+
+
+def linear_layers(given: str) -> list[str]:
+    """Whole names of all linear layers of a folder's model, or of its base; no weight is read.
+
+    Raises JobFailure(USER_ERROR).
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(open_folder(given))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    kinds = ("Linear", "Conv1D")
+    return [name for name, one in model.named_modules() if type(one).__name__ in kinds]
 
 
 def _has_transposed_layers(model: torch.nn.Module) -> bool:

@@ -222,6 +222,9 @@ class Sft(Sweepable):
 
     method: Literal["sft"] = "sft"
     train_on: Literal["completions", "all"] = "completions"
+    row_ranks: bool = False
+    """Rows that have `target_modules` train an adapter of their own, of the row's `rank` where it
+    has one, side by side with the others; with this, a `rank` by itself does so too."""
 
 
 class PreferenceOptim(Optim):

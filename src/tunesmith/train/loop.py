@@ -21,6 +21,7 @@ from tunesmith.train.counts import Counts
 from tunesmith.train.evaluate import evaluate
 from tunesmith.train.failure import is_disk_full
 from tunesmith.train.memory import peak_bytes
+from tunesmith.train.norms import adapter_norms
 from tunesmith.train.objective import Objective, means
 from tunesmith.train.optimizer import Optimizer
 from tunesmith.train.parallel import Group
@@ -236,9 +237,14 @@ class Loop:
                 peak_memory_bytes=peak_bytes(self._parts.plan.device),
                 cpu_seconds=round(time.process_time(), 3),
                 eta_seconds=self.counts.seconds_for(self.total_steps - step),
-                metrics={**finite_only(dict(self._feed.told)), **done.metrics},
+                metrics=self._told() | done.metrics,
             )
         )
+
+    def _told(self) -> dict[str, float]:
+        """Beside what the objective tells."""
+        norms = adapter_norms(self._model.trainable())
+        return finite_only({**self._feed.told, **norms})
 
     def _look_around(self) -> None:
         """What is due between two steps: an evaluation, a checkpoint."""

@@ -14,16 +14,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from tunesmith.data.holdout import Part
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.nn.language import Model, open_beside
 from tunesmith.spec.pipe import Finished, Notice, Started, Stopped, TrainerTask
 from tunesmith.spec.sweep import TABLE, SweepTable
-from tunesmith.spec.train import Sweepable
+from tunesmith.spec.train import Sft, Sweepable
 from tunesmith.train import space
 from tunesmith.train.artifact import RECORD
 from tunesmith.train.batches import Interrupted
 from tunesmith.train.checkpoint import Saved, Snapshot, joined
 from tunesmith.train.failure import is_disk_full
+from tunesmith.train.groups import by_rows
 from tunesmith.train.job import Job, Opened, save_model
 from tunesmith.train.naming import name_base
 from tunesmith.train.parallel import Group
@@ -40,8 +42,10 @@ def job_for(task: TrainerTask, report: Report, asks: Asks, group: Group = Group(
 
 
 def configurations(task: TrainerTask) -> list[Configuration]:
-    """Empty where there is but one training."""
+    """Empty where there is but one training. Raises JobFailure(data_error)."""
     spec = task.spec
+    if isinstance(spec, Sft) and (found := by_rows(task, spec)):
+        return found
     if not isinstance(spec, Sweepable) or spec.sweep is None:
         return []
     settings = spec.sweep.settings()
@@ -110,7 +114,8 @@ class SweepJob(Job):
         for one, model in zip(self._configurations, self._models, strict=True):
             task = self._task.model_copy(update={"spec": one.spec})
             job = TrialJob(task, Voice(self._report, one.name, self, told), self._asks)
-            own = replace(opened, model=model)
+            rows = opened.rows if one.places is None else Part(opened.rows, one.places)
+            own = replace(opened, model=model, rows=rows)
             kept = None if saved is None else saved.of(one.name, f"adapters/{one.name}")
             self._trials.append(Trial.begin(one, job, own, self._plan, kept))
             self._share_samples(self._trials[0].job, job)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -30,7 +31,7 @@ class Configuration:
     """As if it were alone."""
     settings: dict[str, Any]
     """What it has otherwise than the others."""
-    places: Sequence[int] | None = None
+    places: "array[int] | None" = None
     """The rows that are its own; None: all."""
 
 

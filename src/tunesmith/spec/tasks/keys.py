@@ -298,6 +298,7 @@ KEYS: tuple[Key, ...] = (
         read=readings.flag("all", "completions"),
         is_shorthand=True,
     ),
+    _key("row_ranks", "row_ranks", "a row's rank alone names an adapter too"),
     # preferences and reinforcement
     _key(
         "beta",

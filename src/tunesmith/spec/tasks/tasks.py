@@ -95,7 +95,7 @@ TASKS: Mapping[str, Task] = {
             "lora",
             "supervised fine-tuning of low-rank adapters",
             {ANY: Sft},
-            {"lora": {}, "optim.learning_rate": 2e-4, **_HELD},
+            {"lora": {}, "optim.learning_rate": 2e-4, "row_ranks": True, **_HELD},
         ),
         Task(
             "pretrain",
