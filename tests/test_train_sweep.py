@@ -122,12 +122,13 @@ def test_each_adapter_loads_in_plain_peft(place: Place, swept: Events) -> None:
 
 
 def test_a_sweep_goes_on_from_any_step_bit_for_bit(place: Place, swept: Events) -> None:
+    spec = spec_of(run=Run(save_seconds=3600, compare_rows=0))
     for stop_at in (3, 14, 31):
-        first = run_here(place.task(spec_of(), inputs=inputs_of(place)), stopping(stop_at))
+        first = run_here(place.task(spec, inputs=inputs_of(place)), stopping(stop_at))
         assert first.last["type"] == "stopped"
         saved = first.of("checkpointed")[-1]
         assert saved["step"] == first.last["step"] > 0
-        again = run_here(place.task(spec_of(), inputs=inputs_of(place), resume_from=saved["path"]))
+        again = run_here(place.task(spec, inputs=inputs_of(place), resume_from=saved["path"]))
         for name in NAMES:
             assert losses_of(first, name) | losses_of(again, name) == losses_of(swept, name)
             assert same(

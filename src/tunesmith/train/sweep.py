@@ -142,6 +142,16 @@ class SweepJob(Job):
                 self._save()
         self._refuse_if_none_is_left()
         self._save()
+        return self._settle()
+
+    def _settle(self) -> bool:
+        """Of each the weights that are to stay, and base against tuned. False where a stop came."""
+        try:
+            for trial in self._trials:
+                if trial.failure is None:
+                    trial.job.settle(trial.loop)
+        except Interrupted:
+            return False
         return True
 
     def _refuse_if_none_is_left(self) -> None:
@@ -240,6 +250,7 @@ class SweepJob(Job):
                 step=self.step,
                 artifact=str(path),
                 manifest_sha256=digest,
+                metrics=best.job.comparison,
                 detail={**record["metrics"], "omitted": record["omitted"], "best": best.name},
             )
         )

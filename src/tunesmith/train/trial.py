@@ -35,6 +35,10 @@ class Configuration:
     """The rows that are its own; None: all."""
 
 
+_OWN = {"compared", "best_kept", "stopped_early", "update_skipped"}
+"""Notices that each trial has its own of."""
+
+
 class Tally(Protocol):
     """What is counted over all trials."""
 
@@ -60,6 +64,8 @@ class Voice(Report):
             case Step() | Evaluated():
                 mark = {"trial": self._name, "trial_step": event.step, "step": self._tally.step}
                 event = event.model_copy(update=mark)
+            case Notice() if event.code in _OWN:
+                event = event.model_copy(update={"message": f"{self._name}: {event.message}"})
             case Notice() if event.message in self._told:
                 return
             case Notice():
@@ -110,11 +116,21 @@ class TrialJob(Job):
         self._plan = plan
         method, evaluation = self._methods(opened, saved)
         self.sources = [one.source for one in (method, evaluation) if one is not None]
-        loop = self._loop(opened, method, evaluation)
+        self._before = self._compared(opened, evaluation, saved)
+        loop = self._loop(opened, method, evaluation, self._before)
         assert isinstance(loop, TrialLoop)
         if saved is not None:
             loop.restore(saved)
         return method, loop
+
+    def settle(self, loop: TrialLoop) -> None:
+        """What follows the last step and its checkpoint. Raises Interrupted."""
+        loop.settle()
+        self._compare(self._before)
+
+    @property
+    def comparison(self) -> dict[str, float]:
+        return self._comparison
 
     def end(self, opened: Opened, loop: TrialLoop, method: Method) -> dict[str, Any]:
         """What a finished job's record says."""
