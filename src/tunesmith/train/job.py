@@ -44,6 +44,8 @@ from tunesmith.train.sets import open_sets
 from tunesmith.train.source import RowSource, read_row
 
 TELL_SECONDS = 30.0
+DRAWING_SECONDS = 300.0
+"""Between two words that completions are being drawn: steps say more, where they come oftener."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,7 @@ class Job:
             should_stop=lambda: self._asks.should_stop and self._group.size == 1,
             tell=self._tell_measured,
             warn=self._notice,
+            tell_drawing=self._tell_drawing,
         )
         inputs = self._task.inputs
         rows = Data(opened.rows, inputs.dataset, self._spec.optim.seed, "train")
@@ -249,6 +252,10 @@ class Job:
     def _tell_compared(self, done: int, rows: int) -> None:
         message = f"measured the loss of {done} of {rows} held-out rows"
         self._tell_now_and_then("baseline", message, is_last=False)
+
+    def _tell_drawing(self) -> None:
+        if time.monotonic() - self._told_at >= DRAWING_SECONDS:
+            self._tell_now_and_then("drawing", "completions are being drawn", is_last=False)
 
     def _tell_now_and_then(self, code: str, message: str, *, is_last: bool) -> None:
         """A server takes a trainer that says nothing for dead."""

@@ -66,6 +66,8 @@ class Stage:
     """Steps measured and to be measured before the first update."""
     warn: Callable[[str, str], None]
     """Of what is worth reading: a code and a sentence."""
+    tell_drawing: Callable[[], None] = lambda: None
+    """Called often while completions are drawn."""
 
     @property
     def samples_a_step(self) -> int:
@@ -236,5 +238,10 @@ def _drawer(stage: Stage, data: Data, spec: Reinforcing) -> Drawer:
         top_p=spec.top_p,
         top_k=spec.top_k,
     )
-    rollouts = Rollouts(stage.ground.model, stage.ground.device, should_stop=stage.should_stop)
+
+    def should_stop() -> bool:
+        stage.tell_drawing()
+        return stage.should_stop()
+
+    rollouts = Rollouts(stage.ground.model, stage.ground.device, should_stop=should_stop)
     return Drawer(rollouts, wish, open_rewarders(spec.rewards), data.rows, stage.renderer)
