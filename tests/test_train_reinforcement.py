@@ -148,6 +148,16 @@ def test_long_prompts_are_left_out_or_lose_their_beginning(place):
     assert kept.last["detail"]["omitted"] == {"truncated": [1, 2]}
 
 
+@pytest.mark.parametrize("kind", [Grpo, Ppo])
+def test_a_probe_is_a_step_of_the_longest_completions(place, kind):
+    run = Run(save_seconds=3600, probe=True)
+    spec = tuned(kind, **(ROUNDS | {"max_steps": 1}), run=run)
+    (told,) = run_here(place.task(spec)).of("probed")
+    copies = spec.num_generations
+    assert told["tokens"] >= 16 * 6
+    assert told["samples"] == 16 // copies
+
+
 def test_a_completion_that_leaves_no_room_for_a_prompt_is_refused(place):
     spec = tuned(Grpo, **(ROUNDS | {"max_completion_length": 300, "max_length": 600}))
     with pytest.raises(JobFailure, match="leaves no room for a prompt"):

@@ -271,7 +271,8 @@ class Job:
 
     def _probe(self, opened: Opened, method: Method) -> Probed:
         samples = self._samples_a_step
-        return probe(opened.model, method.source, method.objective, self._plan, samples)
+        source, objective = method.source, method.objective
+        return probe(opened.model, source, objective, self._plan, samples, method.stand_ins)
 
     def _compared(
         self, opened: Opened, evaluation: Method | None, saved: Saved | None

@@ -94,6 +94,9 @@ class Method:
     steps: Callable[[int], Steps[Any]] | None = None
     """Where samples for steps of so many come from, if not one after the other from the source."""
 
+    stand_ins: Callable[[list[Any]], list[Any]] = list
+    """From samples of the source to those of a step, where the latter are made of them."""
+
     def feed(self, samples_a_step: int) -> Steps[Any]:
         return self.steps(samples_a_step) if self.steps else Feed(self.source, samples_a_step)
 
@@ -214,6 +217,7 @@ def _reinforced(stage: Stage, data: Data, spec: Grpo | Rloo | Ppo) -> Method:
         prompts,
         loss,
         steps=lambda samples: RoundFeed(Feed(prompts, asked), rounds, samples, alarms, head),
+        stand_ins=lambda found: rounds.stand_ins(found[: -(-len(found) // spec.num_generations)]),
     )
 
 

@@ -2,6 +2,7 @@
 
 import heapq
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,13 +21,18 @@ MOMENTS_BYTES = 8
 
 
 def probe(
-    model: Model, source: Source[Any], objective: Objective[Any], plan: Plan, samples: int
+    model: Model,
+    source: Source[Any],
+    objective: Objective[Any],
+    plan: Plan,
+    samples: int,
+    stand_ins: Callable[[list[Any]], list[Any]] = list,
 ) -> Probed:
     """Forward and backward over `samples` samples, twice; the second time is measured.
 
     Leaves weights and random numbers as they were; the source has to be opened anew.
     """
-    longest = _longest(source, samples)
+    longest = stand_ins(_longest(source, samples))
     before = randomness.capture(plan.device)
     seconds = min(_step(model, objective, longest) for _ in range(2))
     randomness.restore(before, plan.device)

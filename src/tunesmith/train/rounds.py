@@ -118,6 +118,20 @@ class Rounds:
         self.leash.follow(divergence)
         return episodes, told
 
+    def stand_ins(self, prompts: Sequence[Prompt]) -> list[Bundle]:
+        """Samples of a step as long as there can be, where nothing is drawn: for a probe."""
+        copies, longest = self.spec.num_generations, self.spec.max_completion_length
+        zeros_T = torch.zeros(len(prompts) * copies * longest)
+        names = ("old", "reference", "advantage", "value", "return")
+        episodes = Episodes(
+            prompts=[prompt.ids for prompt in prompts],
+            completions=[[0] * longest] * (len(prompts) * copies),
+            by_token=dict.fromkeys(names, zeros_T),
+            is_learnt_N=torch.ones(len(prompts) * copies, dtype=torch.bool),
+            beta=self.leash.beta,
+        )
+        return episodes.bundles(range(len(episodes.completions)), self.ground.micro_batch_tokens)
+
     def _drawn(
         self, number: int, prompts: Sequence[Prompt]
     ) -> tuple[list[Prompt], list[Completion], list[list[float]]]:
