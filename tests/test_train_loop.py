@@ -113,6 +113,19 @@ def test_accumulation_and_passes_do_not_change_the_updates(place):
         assert losses == pytest.approx(runs[0], rel=1e-5)
 
 
+def test_the_share_of_clipped_steps_is_told_step_by_step(place):
+    free = run_here(place.task(sft(max_steps=4, max_grad_norm=0)))
+    norms = [event["grad_norm"] for event in free.of("step")]
+    limit = norms[0] * 0.999
+    events = run_here(place.task(sft(max_steps=4, max_grad_norm=limit)))
+    steps = events.of("step")
+    clipped = [event["grad_norm"] > limit for event in steps]
+    shares = [sum(clipped[:done]) / done for done in range(1, 5)]
+    assert clipped[0]
+    assert [event["metrics"]["clipped_share"] for event in steps] == pytest.approx(shares, abs=1e-6)
+    assert {event["metrics"]["clipped_share"] for event in free.of("step")} == {0}
+
+
 def test_a_run_says_where_it_is_at_each_logged_step_and_always_at_the_first_and_last(place):
     spec = sft(max_steps=9, run=Run(logging_steps=4, save_seconds=3600))
     events = run_here(place.task(spec))
@@ -140,7 +153,8 @@ def test_the_norms_of_an_adapters_weights_are_told(place):
         assert last[metric] == pytest.approx(flat.norm().item(), rel=1e-6)
     assert first["lora_b_norm"] > 0
     assert "lora_magnitude_norm" in last
-    assert not run_here(place.task(sft(max_steps=1))).of("step")[0]["metrics"]
+    full = run_here(place.task(sft(max_steps=1))).of("step")[0]["metrics"]
+    assert set(full) == {"clipped_share"}
 
 
 def test_epochs_may_be_a_fraction(place):

@@ -65,6 +65,7 @@ def test_the_first_step_finds_the_model_where_its_reference_is(place):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert first["metrics"]["rewards/margins"] == 0
     assert set(first["metrics"]) == {
+        "clipped_share",
         "rewards/chosen",
         "rewards/rejected",
         "rewards/accuracies",

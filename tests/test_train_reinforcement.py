@@ -22,6 +22,7 @@ EACH_STEP = Run(save_steps=1, keep_checkpoints=100, save_seconds=3600)
 SHORT = {"rewards": MATCH, "max_completion_length": 6, "max_length": 32, "rollout_batch_size": 4}
 ROUNDS = SHORT | {"update_epochs": 2, "batch_size": 16, "max_steps": 10, "kl_target": 0.05}
 TOLD = {
+    "clipped_share",
     "reward/mean",
     "reward/std",
     "reward/exact_match",

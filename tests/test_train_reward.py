@@ -139,7 +139,12 @@ def test_a_full_reward_model_loads_in_plain_transformers_with_the_same_scores(pl
     assert model.config.pad_token_id == 2
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     assert scores_of(model, place) == pytest.approx(our_scores(folder, place), abs=1e-5)
-    assert set(events.of("step")[0]["metrics"]) == {"accuracy", "margin", "mean_reward"}
+    assert set(events.of("step")[0]["metrics"]) == {
+        "clipped_share",
+        "accuracy",
+        "margin",
+        "mean_reward",
+    }
     again = run_here(
         place.task(
             tuned(Reward, max_steps=1),

@@ -17,6 +17,8 @@ class Counts:
     label_tokens: int = 0
     samples: int = 0
     skipped_updates: int = 0
+    clipped_steps: int = 0
+    """Steps of which the gradient was longer than `max_grad_norm`."""
     bad_steps: int = 0
     """In a row, that changed no weight."""
     timed_steps: int = 0
@@ -34,6 +36,11 @@ class Counts:
         self.timed_steps += 1
         weight = 1 / min(self.timed_steps, ETA_SPAN)
         self.step_seconds += weight * (seconds - self.step_seconds)
+
+    @property
+    def clipped_share(self) -> float:
+        """Of all steps so far."""
+        return round(self.clipped_steps / max(1, self.step), 6)
 
     def seconds_for(self, steps: int) -> float | None:
         """How long so many more steps will take; None before that can be told."""

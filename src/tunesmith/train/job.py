@@ -403,6 +403,7 @@ class Job:
                 "tokens": counts.tokens,
                 "label_tokens": counts.label_tokens,
                 "skipped_updates": counts.skipped_updates,
+                "clipped_share": counts.clipped_share,
                 "loss": counts.loss,
                 **counts.metrics,
                 **self._comparison,

@@ -206,6 +206,8 @@ class Loop:
         self.counts.samples += samples
         self.counts.tokens += done.tokens
         self.counts.label_tokens += done.labels
+        limit = self._optim.max_grad_norm
+        self.counts.clipped_steps += bool(limit) and math.isfinite(norm) and norm > limit
         self.counts.end_step(finite(done.loss), seconds, is_updated=math.isfinite(norm))
         self._untold = (self._untold[0] + done.tokens, self._untold[1] + seconds)
 
@@ -244,7 +246,8 @@ class Loop:
     def _told(self) -> dict[str, float]:
         """Beside what the objective tells."""
         norms = adapter_norms(self._model.trainable())
-        return finite_only({**self._feed.told, **norms})
+        share = {"clipped_share": self.counts.clipped_share}
+        return finite_only({**self._feed.told, **norms, **share})
 
     def _look_around(self) -> None:
         """What is due between two steps: an evaluation, a checkpoint."""
