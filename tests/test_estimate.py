@@ -131,6 +131,16 @@ def test_a_probe_changes_nothing_of_what_follows(model: Path, tmp_path: Path, na
     assert first.losses == plain.losses
 
 
+def test_a_sweep_takes_what_its_configurations_take(model: Path, tmp_path: Path) -> None:
+    place = Place(tmp_path, model, write_rows(tmp_path / "rows.jsonl", pairs(30)))
+    trials = ({"rank": 2, "max_steps": 2}, {"rank": 4, "batch_size": 8})
+    spec = sft(Lora(), sweep={"trials": trials})
+    told = foretold(place, spec)
+    [started] = run_here(place.task(spec)).of("started")
+    assert told.trainable_parameters == started["trainable_parameters"]
+    assert told.steps == started["total_steps"]
+
+
 def test_time_is_told_from_the_jobs_that_ran_here(model: Path, tmp_path: Path) -> None:
     place = Place(tmp_path, model, write_rows(tmp_path / "rows.jsonl", pairs(30)))
     slow, fast = Ran(False, 1e6), Ran(False, 1e9)

@@ -9,7 +9,7 @@ from typing import Literal
 from tunesmith.hub import needs
 from tunesmith.hub.folder import ModelFolder
 from tunesmith.spec.estimate import Estimate, Measure
-from tunesmith.spec.train import Kto, Preference, Pretrain, Reinforcing, TrainSpec
+from tunesmith.spec.train import Kto, Preference, Pretrain, Reinforcing, Sweepable, TrainSpec
 
 GUESSED_FLOPS = {False: 40e9, True: 50e12}
 """Useful ones in a second, of a CPU and of a GPU, before any job has run here."""
@@ -32,6 +32,10 @@ def foretell(
     spec: TrainSpec, model: ModelFolder, measure: Measure, history: Sequence[Ran], is_gpu: bool
 ) -> Estimate:
     """`history` is of jobs of any kind; those on the same kind of device count."""
+    if isinstance(spec, Sweepable) and spec.sweep is not None:
+        alone = spec.configurations().values()
+        each = [foretell(one, model, measure, history, is_gpu) for one in alone]
+        return _together(spec, model, each, is_gpu)
     samples, tokens, labels = _epoch(spec, measure)
     steps = _steps(spec, samples)
     share = min(steps * _samples_a_step(spec) / max(1, samples), spec.optim.epochs)
@@ -54,6 +58,25 @@ def foretell(
         peak_memory_bytes=needs.of(spec, model, is_gpu).memory_bytes,
         checkpoint_bytes=needs.checkpoint_bytes(spec, model),
         disk_bytes=needs.disk_bytes(spec, model),
+    )
+
+
+def _together(
+    spec: TrainSpec, model: ModelFolder, each: Sequence[Estimate], is_gpu: bool
+) -> Estimate:
+    """Of several configurations in one process, which starts once."""
+    starts = START_SECONDS * (len(each) - 1)
+    return each[0].model_copy(
+        update={
+            "trainable_parameters": needs.trained(spec, model),
+            "steps": sum(one.steps for one in each),
+            "tokens": min(sum(one.tokens for one in each), MOST),
+            "label_tokens": min(sum(one.label_tokens for one in each), MOST),
+            "seconds": round(sum(one.seconds for one in each) - starts, 1),
+            "peak_memory_bytes": needs.of(spec, model, is_gpu).memory_bytes,
+            "checkpoint_bytes": needs.checkpoint_bytes(spec, model),
+            "disk_bytes": needs.disk_bytes(spec, model),
+        }
     )
 
 

@@ -2,7 +2,7 @@
 
 from tunesmith.hub.folder import Matrix, ModelFolder
 from tunesmith.spec.records import Needs
-from tunesmith.spec.train import Lora, Pretrain, Reward, TrainSpec
+from tunesmith.spec.train import Lora, Pretrain, Reward, Sweepable, TrainSpec
 
 PROCESS_BYTES = 400 << 20
 """A trainer with torch and transformers imported, much of it shared with its fork's parent."""
@@ -34,7 +34,12 @@ def checkpoint_bytes(spec: TrainSpec, model: ModelFolder) -> int:
 
 
 def trained(spec: TrainSpec, model: ModelFolder) -> int:
-    """Parameters in training: counted where the folder's weights tell, else estimated."""
+    """Parameters in training: counted where the folder's weights tell, else estimated.
+
+    Those of all configurations, where several are trained side by side.
+    """
+    if isinstance(spec, Sweepable) and spec.sweep is not None:
+        return sum(trained(one, model) for one in spec.configurations().values())
     lora = None if isinstance(spec, Pretrain) else spec.lora
     if lora is None:
         return parameters(spec, model)
