@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.cli.terminal import USAGE, CommandError, tell
-from tunesmith.spec import yaml_guard
 from tunesmith.spec.sweep import TABLE, SweepTable
 
 SweepOption = Annotated[
@@ -21,6 +20,8 @@ SweepOption = Annotated[
 
 def sweep_of(texts: list[str] | None) -> dict[str, Any] | None:
     """None where nothing is swept. Raises CommandError."""
+    from tunesmith.spec import yaml_guard
+
     grid: dict[str, Any] = {}
     for text in texts or ():
         name, equals, values = text.partition("=")

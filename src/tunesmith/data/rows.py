@@ -160,10 +160,12 @@ def check_file(
     max_faults: int = 20,
     on_progress: Callable[[int, int], None] | None = None,
     reading: Reading = Reading(),
+    format: Format | None = None,
 ) -> FileReport:
     """Read a whole file and check each row, in constant memory.
 
     `name` is what the file was called, where `path` is a temporary name; its suffix counts.
+    `format` is found by the first rows where it is not given.
     `on_progress` is told bytes done and bytes in all, about once a megabyte. Raises NotFoundError
     and BadRequestError for what is no file; everything else is a fault in the report.
     """
@@ -171,15 +173,14 @@ def check_file(
     with scan.open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         with Prints(path.parent) as prints:
-            checker = _Checker(prints, max_faults)
+            checker = _Checker(prints, max_faults, format)
             checker.run(file, Path(name or path).suffix.lower(), reading, on_progress)
             return checker.report(size, _digest(file))
 
 
 class _Checker:
-    def __init__(self, prints: Prints, max_faults: int) -> None:
-        self.prints, self.max_faults = prints, max_faults
-        self.format: Format | None = None
+    def __init__(self, prints: Prints, max_faults: int, format: Format | None) -> None:
+        self.prints, self.max_faults, self.format = prints, max_faults, format
         self.samples, self.fault_count = 0, 0
         self.faults: list[Fault] = []
         self.ignored: set[str] = set()
@@ -194,7 +195,8 @@ class _Checker:
         size = os.fstat(file.fileno()).st_size
         try:
             self.reader = Reader.of(file, suffix, reading)
-            self.format = "text" if self.reader.layout == "documents" else None
+            if self.reader.layout == "documents":
+                self.format = "text"
             told = 0
             for span in self.reader.spans(file):
                 self.take(span)

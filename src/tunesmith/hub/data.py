@@ -3,14 +3,17 @@
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from sqlalchemy.engine import Connection
 
+from tunesmith.data import formats
+from tunesmith.data.formats import Wrong
 from tunesmith.data.reading import Reading
-from tunesmith.data.rows import FileReport, check_file
+from tunesmith.data.rows import FileReport, RowIndex, check_file
 from tunesmith.data.scan import open_regular
 from tunesmith.data.twins import Twins
 from tunesmith.errors import BadRequestError, ValidationError
@@ -118,6 +121,19 @@ def keep_upload(
     kept = hub.store.write(work).result()
     _keep_report(hub, report, Path(safe).suffix.lower(), reading)
     return Upload(kept.name, blob.size_bytes, report.num_samples, report.format or "")
+
+
+def refuse_unanswered(part: Pinned, field: str, reading: Reading) -> None:
+    """Conversations with no answer to learn from, by their lines, for methods that want one.
+
+    Raises ValidationError. Rows of a prompt alone are no conversations, and left alone.
+    """
+    name, is_conversation = part.source.name, False
+    with RowIndex.open(part.source.path, reading) as rows, suppress(Wrong):
+        is_conversation = "messages" in formats.fields(rows.body(0))
+    if is_conversation:
+        report = check_file(part.source.path, name=name, reading=reading, format="openai")
+        _refuse_faults(report, name, field)
 
 
 def _take_in(hub: "Hub", path: Path) -> Blob:

@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection
 
 from tunesmith.data import alike
 from tunesmith.data.reading import Reading
-from tunesmith.data.suited import refuse_unsuited
+from tunesmith.data.suited import READ, refuse_unsuited
 from tunesmith.data.twins import Twins
 from tunesmith.errors import (
     BadRequestError,
@@ -21,7 +21,7 @@ from tunesmith.errors import (
 )
 from tunesmith.hub import checks, needs, output
 from tunesmith.hub.asked import Request
-from tunesmith.hub.data import Pinned
+from tunesmith.hub.data import Pinned, refuse_unanswered
 from tunesmith.hub.estimate import foretell
 from tunesmith.hub.intake import Key, Submission
 from tunesmith.hub.known import Look, Lookup, Unknown
@@ -158,6 +158,8 @@ def _refuse_model(model: FoundModel, asked: Request) -> None:
 def _refuse_unsuited(part: Pinned, asked: Request, field: str) -> None:
     """Rows of a format that the method does not read."""
     name = asked.name(field)
+    if part.format == "prompts" and "openai" in READ[asked.spec.method]:
+        refuse_unanswered(part, name, Reading.of(asked.spec))
     refuse_unsuited(asked.spec.method, part.format, f"{name}: {part.source.name!r}", name)
 
 
