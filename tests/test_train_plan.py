@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from train_fixtures import Place, make_model, pairs, sft, write_rows
+from train_fixtures import PLAN, Place, make_model, pairs, run_here, sft, write_rows
 from tunesmith.errors import FailureClass, JobFailure, NotFoundError
 from tunesmith.spec.pipe import Inputs
 from tunesmith.spec.train import Run
@@ -45,8 +45,28 @@ def test_what_is_asked_for_wins(place):
     task = place.task(sft(run=run))
     chosen = plan.choose(task)
     assert (chosen.precision, chosen.compile) == ("bf16", True)
-    assert plan.needs_gradient_checkpointing(task, chosen, None)
-    assert not plan.needs_gradient_checkpointing(place.task(sft()), chosen, None)
+    assert chosen.gradient_checkpointing is True
+    assert plan.choose(place.task(sft())).gradient_checkpointing is False
+    off = sft(run=Run(gradient_checkpointing="off"))
+    assert plan.choose(place.task(off)).gradient_checkpointing is False
+
+
+def test_activations_that_memory_does_not_hold_are_computed_twice(place, tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 8192, "num_hidden_layers": 100000}')
+    deep = place.task(sft(), inputs=Inputs(model=str(tmp_path), dataset=str(place.dataset)))
+    assert plan.choose(deep).gradient_checkpointing is True
+
+
+def test_what_the_first_attempt_decided_by_its_memory_holds_for_the_next(place):
+    whole = run_here(place.task(sft(max_steps=5)))
+    assert whole.of("started")[0]["plan"]["gradient_checkpointing"] is False
+    poor = PLAN.model_copy(update={"gradient_checkpointing": True})
+    run = Run(save_steps=2, keep_checkpoints=5, save_seconds=3600)
+    first = run_here(place.task(sft(max_steps=5, run=run), plan=poor))
+    resumed = {"resume_from": first.of("checkpointed")[0]["path"], "plan": None}
+    rest = run_here(place.task(sft(max_steps=5, run=run), **resumed))
+    assert rest.of("started")[0]["plan"] == poor.model_dump()
+    assert {step: whole.losses[step] for step in (3, 4, 5)} == rest.losses
 
 
 def test_nothing_is_compiled_unasked(place):

@@ -33,6 +33,9 @@ class Plan(Strict):
     compile: bool = False
     micro_batch_tokens: int = Field(4096, ge=1, le=1 << 26)
     """The token budget of one forward and backward pass."""
+    gradient_checkpointing: bool | None = None
+    """Whether activations are computed twice. None, in plans that were made before it was kept
+    here: as is asked for, or by the memory that is free when the attempt begins."""
 
 
 class Inputs(Strict):

@@ -80,10 +80,7 @@ class Job:
     def run(self) -> None:
         """Raises JobFailure, and whatever else goes wrong, for the caller to report."""
         saved = self._saved()
-        self._plan = self._choose_plan(saved)
-        self._is_checkpointing = plan.needs_gradient_checkpointing(
-            self._task, self._plan, self._lora
-        )
+        self._plan = self._agreed(self._choose_plan(saved))
         torch.set_num_threads(self._plan.threads)
         if self._plan.compile:
             compiled = Path(self._task.attempt_dir).absolute() / ".compiled"
@@ -147,10 +144,14 @@ class Job:
     def _choose_plan(self, saved: Saved | None) -> Plan:
         """The task's; else the checkpoint's, so that the same bits follow; else a new one."""
         if self._task.plan is not None:
-            return self._task.plan
+            return plan.settled(self._task, self._task.plan)
         if saved is not None:
-            return Plan.model_validate(saved.state["plan"])
+            return plan.settled(self._task, Plan.model_validate(saved.state["plan"]))
         return plan.choose(self._task, self._group.size)
+
+    def _agreed(self, chosen: Plan) -> Plan:
+        """Rank 0's: what one process finds free, another may not."""
+        return Plan.model_validate_json(self._group.tell(chosen.model_dump_json().encode()))
 
     def _open(self, files: ExitStack) -> Opened:
         rows, held_out = open_sets(self._task.inputs, self._spec, files)
@@ -177,7 +178,7 @@ class Job:
             device=plan.device,
             should_compile=plan.compile,
             seed=spec.optim.seed,
-            gradient_checkpointing=self._is_checkpointing,
+            gradient_checkpointing=bool(plan.gradient_checkpointing),
             quantization=self._quantization(),
             from_scratch=isinstance(spec, Pretrain) and spec.from_scratch,
             has_dropout=isinstance(spec, Sft | Pretrain),
@@ -344,7 +345,7 @@ class Job:
                     "format": opened.rows.format,
                     "max_length": opened.max_length,
                     "is_lean": opened.model.is_lean,
-                    "gradient_checkpointing": self._is_checkpointing,
+                    "gradient_checkpointing": self._plan.gradient_checkpointing,
                     "template": opened.renderer.template_source,
                 },
             )

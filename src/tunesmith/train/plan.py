@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from tunesmith.spec.pipe import Plan, TrainerTask
-from tunesmith.spec.train import Lora, Pretrain
+from tunesmith.spec.train import Pretrain
 
 CPU_MICRO_BATCH_TOKENS = 4096
 GPU_MICRO_BATCH_TOKENS = 16384
@@ -40,17 +40,27 @@ class Size:
 
 
 def choose(task: TrainerTask, processes: int = 1) -> Plan:
-    """The plan for a first attempt; a given one is used as it is, by the caller."""
+    """The plan for a first attempt; a given one is used as it is: see `settled`."""
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     width = Size.of(Path(task.inputs.model)).hidden
     is_cpu = device == "cpu"
-    return Plan(
+    plan = Plan(
         threads=1 if is_cpu and width < NARROW else default_threads(),
         processes=processes,
         device=device,
         precision=_precision(task.spec.run.precision, is_cpu),
         compile=task.spec.run.compile == "on",
         micro_batch_tokens=CPU_MICRO_BATCH_TOKENS if is_cpu else GPU_MICRO_BATCH_TOKENS,
+    )
+    return settled(task, plan)
+
+
+def settled(task: TrainerTask, plan: Plan) -> Plan:
+    """With what it leaves open decided: later attempts may find less memory, or more."""
+    if plan.gradient_checkpointing is not None:
+        return plan
+    return plan.model_copy(
+        update={"gradient_checkpointing": _needs_gradient_checkpointing(task, plan)}
     )
 
 
@@ -62,18 +72,17 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def needs_gradient_checkpointing(task: TrainerTask, plan: Plan, lora: Lora | None) -> bool:
+def _needs_gradient_checkpointing(task: TrainerTask, plan: Plan) -> bool:
     """Whether activations must be computed twice: where asked, or where memory would not do."""
     choice = task.spec.run.gradient_checkpointing
     if choice != "auto":
         return choice == "on"
-    size = Size.of(Path(task.inputs.model))
-    copies = 1 if lora is not None else 4
-    spec = task.spec
+    size, spec = Size.of(Path(task.inputs.model)), task.spec
     if isinstance(spec, Pretrain):
-        sample = spec.sequence_length
+        sample, copies = spec.sequence_length, 4
     else:
         sample = spec.sequences_a_sample * spec.max_length
+        copies = 4 if spec.lora is None else 1
     tokens = max(plan.micro_batch_tokens, sample)
     activations = 4 * 20 * tokens * size.hidden * size.layers
     return copies * size.weight_bytes + activations > 0.9 * _free_bytes(plan.device)

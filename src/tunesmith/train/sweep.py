@@ -226,7 +226,7 @@ class SweepJob(Job):
                     "format": opened.rows.format,
                     "max_length": opened.max_length,
                     "is_lean": self._models[0].is_lean,
-                    "gradient_checkpointing": self._is_checkpointing,
+                    "gradient_checkpointing": self._plan.gradient_checkpointing,
                     "template": opened.renderer.template_source,
                     "trials": [one.name for one in self._configurations],
                 },
