@@ -239,6 +239,12 @@ def test_a_twentieth_is_held_out_unless_an_eval_dataset_is_given() -> None:
     assert "exclude each other" in fault
 
 
+def test_pretraining_keeps_its_own_pace_where_some_of_it_is_given() -> None:
+    text = "method: pretrain\nmodel: m\ndataset: d\noptim: {max_steps: 5}\n"
+    optim = parse(text).spec.optim
+    assert (optim.learning_rate, optim.epochs, optim.batch_size) == (1e-3, 1, 8)
+
+
 def test_a_sweep_has_the_keys_spellings_inside() -> None:
     text = f"task_type: lora\n{ROWS}sweep: {{grid: {{lora_r: [2, 4], lr: [1e-3, 2e-5]}}}}\n"
     found = parse(text).spec

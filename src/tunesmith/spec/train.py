@@ -351,6 +351,14 @@ class Reward(Tuning):
     optim: RewardOptim = RewardOptim()
 
 
+class PretrainOptim(Optim):
+    """A sample is a packed row."""
+
+    learning_rate: float = Field(1e-3, gt=0, le=10)
+    epochs: float = Field(1, gt=0, le=10_000)
+    batch_size: int = Field(8, ge=1, le=65_536)
+
+
 class Pretrain(Data):
     """Next-token training on plain text, packed to rows of `sequence_length` tokens."""
 
@@ -362,7 +370,7 @@ class Pretrain(Data):
     """Remove control characters; else a document that holds one is refused."""
     from_scratch: bool = True
     sequence_length: int = Field(256, ge=8, le=MAX_LENGTH_LIMIT)
-    optim: Optim = Optim(learning_rate=1e-3, epochs=1, batch_size=8)
+    optim: PretrainOptim = PretrainOptim()
 
 
 class ReinforcingOptim(Optim):

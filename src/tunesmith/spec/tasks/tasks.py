@@ -57,12 +57,6 @@ class Task:
 _HELD = {HOLDOUT: 0.05}
 """Of the rows, where no eval_dataset is given."""
 _FULL = {"lora": None, **_HELD}
-_PRETRAINING = Pretrain(model="m", dataset="d").optim
-_PACE = {
-    f"optim.{name}": getattr(_PRETRAINING, name)
-    for name in ("learning_rate", "epochs", "batch_size")
-}
-"""The method's own defaults, which hold where other keys are given too."""
 _ADAPTERS = "it trains every weight; write task_type: lora for adapters"
 TASKS: Mapping[str, Task] = {
     task.name: task
@@ -101,7 +95,7 @@ TASKS: Mapping[str, Task] = {
             "pretrain",
             "next-token training on plain text",
             {ANY: Pretrain},
-            {**_PACE, **_HELD},
+            _HELD,
             refused={"run.quantization": "it trains every weight"},
         ),
     )
