@@ -127,6 +127,11 @@ class Run(Strict):
     compare_rows: int = Field(200, ge=0, le=100_000)
     """Held-out rows, drawn by seed, on which the result is compared with the model as it began; 0
     leaves that out."""
+    generated_rows: int = Field(0, ge=0, le=10_000)
+    """Held-out rows, drawn by seed, that the model answers at each evaluation, for `eval_rougeL`
+    and `eval_exact_match`; 0 leaves that out."""
+    generated_tokens: int = Field(128, ge=1, le=MAX_LENGTH_LIMIT)
+    """That such an answer may have."""
 
 
 OnTwins = Literal["warn", "refuse"]
@@ -135,6 +140,8 @@ OnTwins = Literal["warn", "refuse"]
 class Data(Strict):
     """How the rows of the data set, and of the one for validation, are read."""
 
+    answers_rows: ClassVar[bool] = False
+    """Whether what is trained answers what a row asks, with one answer that is right."""
     columns: Columns = {}
     """Mapped by hand, {"instruction": "question"}; then other columns are ignored."""
     eval_dataset: Name | None = None
@@ -154,6 +161,8 @@ class Data(Strict):
             raise ValueError("holdout and eval_dataset exclude each other; leave one of them out")
         if self.run.best is not None and not (self.holdout or self.eval_dataset):
             raise ValueError("run.best needs held-out rows: give an eval_dataset, or a holdout")
+        if self.run.generated_rows and not self.answers_rows:
+            raise ValueError("run.generated_rows means nothing to this method; leave it out")
         return self
 
 
@@ -220,6 +229,7 @@ def _set(model: Strict) -> dict[str, object]:
 class Sft(Sweepable):
     """Supervised fine-tuning on conversations, instructions or prompt and completion."""
 
+    answers_rows: ClassVar[bool] = True
     method: Literal["sft"] = "sft"
     train_on: Literal["completions", "all"] = "completions"
     row_ranks: bool = False
@@ -267,6 +277,7 @@ class Preference(Comparing):
     """
 
     sequences_a_sample: ClassVar[int] = 2
+    answers_rows: ClassVar[bool] = True
     method: Literal["dpo"] = "dpo"
     loss: PairLoss = "sigmoid"
     """What is made of a pair's difference in log-ratios: see `train/preference.py`."""
@@ -303,6 +314,7 @@ class Orpo(Comparing):
     """Odds ratio preference optimisation (Hong et al. 2024, arXiv:2403.07691): no reference."""
 
     sequences_a_sample: ClassVar[int] = 2
+    answers_rows: ClassVar[bool] = True
     method: Literal["orpo"] = "orpo"
     beta: float = Field(0.1, gt=0, le=1000)
     """Weight of the odds ratio beside the loss on the chosen sequence; lambda in the paper."""
@@ -312,6 +324,7 @@ class Cpo(Comparing):
     """Contrastive preference optimisation (Xu et al. 2024, arXiv:2401.08417): no reference."""
 
     sequences_a_sample: ClassVar[int] = 2
+    answers_rows: ClassVar[bool] = True
     method: Literal["cpo"] = "cpo"
     loss: Literal["sigmoid", "hinge"] = "sigmoid"
     beta: float = Field(0.1, gt=0, le=1000)
@@ -331,6 +344,7 @@ class Simpo(Comparing):
     by token."""
 
     sequences_a_sample: ClassVar[int] = 2
+    answers_rows: ClassVar[bool] = True
     method: Literal["simpo"] = "simpo"
     beta: float = Field(2.0, gt=0, le=1000)
     gamma: float = Field(0.5, ge=0, le=1000)

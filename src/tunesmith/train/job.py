@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 
 from tunesmith.data.holdout import Rows
 from tunesmith.data.render import NOTICES, Renderer
 from tunesmith.errors import FailureClass, JobFailure
-from tunesmith.nn.language import Model, open_scorer, open_with
+from tunesmith.nn.language import LanguageModel, Model, open_scorer, open_with
 from tunesmith.nn.opening import Opening
 from tunesmith.spec.pipe import (
     Finished,
@@ -26,12 +26,14 @@ from tunesmith.spec.pipe import (
 )
 from tunesmith.spec.train import Kto, Lora, Pretrain, Reinforcing, Reward, Sft
 from tunesmith.train import artifact, checkpoint, plan, randomness, space
+from tunesmith.train.answers import CACHE_TOKENS, Exam, draw_questions
 from tunesmith.train.batches import Feed, Interrupted
 from tunesmith.train.best import Watch
 from tunesmith.train.checkpoint import Saved, Shelf
 from tunesmith.train.comparison import Compared, Pace, draw
+from tunesmith.train.evaluate import Evaluation
 from tunesmith.train.failure import is_disk_full
-from tunesmith.train.loop import Evaluation, Loop, Parts
+from tunesmith.train.loop import Loop, Parts
 from tunesmith.train.methods import Data, Method, Stage, ready
 from tunesmith.train.naming import name_base
 from tunesmith.train.objective import Ground
@@ -40,6 +42,7 @@ from tunesmith.train.parallel import Group
 from tunesmith.train.probe import probe
 from tunesmith.train.process import Asks
 from tunesmith.train.report import Report
+from tunesmith.train.rollout import Rollouts, Wish
 from tunesmith.train.sets import open_sets
 from tunesmith.train.source import RowSource, read_row
 
@@ -306,7 +309,8 @@ class Job:
         held_out = None
         if evaluation is not None:
             source = evaluation.source
-            held_out = Evaluation(evaluation.objective, lambda: Feed(source, samples))
+            exam = self._exam(opened)
+            held_out = Evaluation(evaluation.objective, lambda: Feed(source, samples), exam)
         return self.loop_kind(
             Parts(
                 spec=self._spec,
@@ -326,6 +330,35 @@ class Job:
                 after_first_epoch=lambda: self._tell_omissions(method),
             )
         )
+
+    def _exam(self, opened: Opened) -> Exam | None:
+        run, model = self._spec.run, opened.model
+        if not run.generated_rows or opened.eval_rows is None:
+            return None
+        questions = draw_questions(
+            opened.eval_rows,
+            opened.renderer,
+            run.generated_rows,
+            opened.max_length,
+            self._spec.optim.seed,
+        )
+        if not questions:
+            self._notice("nothing_to_answer", "no held-out row has an answer: none is generated")
+            return None
+        rollouts = Rollouts(
+            cast(LanguageModel, model), self._plan.device, CACHE_TOKENS, self._is_stopped_generating
+        )
+        return Exam(
+            rollouts,
+            Wish(run.generated_tokens, opened.renderer.stop_ids, temperature=0),
+            opened.renderer,
+            questions,
+        )
+
+    def _is_stopped_generating(self) -> bool:
+        message = "held-out rows are being answered"
+        self._tell_now_and_then("answering", message, is_last=False)
+        return self._asks.should_stop and self._group.size == 1
 
     def _start(self, opened: Opened, loop: Loop) -> None:
         self._report.send(

@@ -14,11 +14,11 @@ from tunesmith.nn.language import Model
 from tunesmith.spec.pipe import Evaluated, Notice, Plan, Step, TrainerEvent
 from tunesmith.spec.train import TrainSpec
 from tunesmith.train import randomness
-from tunesmith.train.batches import Feed, Interrupted, Sized
+from tunesmith.train.batches import Interrupted, Sized
 from tunesmith.train.best import Watch
 from tunesmith.train.checkpoint import Saved, Shelf, Snapshot
 from tunesmith.train.counts import Counts
-from tunesmith.train.evaluate import evaluate
+from tunesmith.train.evaluate import Evaluation
 from tunesmith.train.failure import is_disk_full
 from tunesmith.train.memory import peak_bytes
 from tunesmith.train.norms import adapter_norms
@@ -43,13 +43,6 @@ class Pass:
     tokens: int
     labels: int
     metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    objective: Objective[Any]
-    feed: Callable[[], Feed[Any]]
-    """One at the beginning of the validation set."""
 
 
 @dataclass(frozen=True)
@@ -270,11 +263,8 @@ class Loop:
         if evaluation is None:
             return
         self._model.eval()
-        metrics = evaluate(
-            evaluation.objective,
-            evaluation.feed(),
-            self._group,
-            should_stop=lambda: asks.should_stop and self._group.size == 1,
+        metrics = evaluation.metrics(
+            self._group, lambda: asks.should_stop and self._group.size == 1
         )
         self._model.train()
         if metrics is not None:

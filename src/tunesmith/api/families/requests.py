@@ -193,6 +193,16 @@ class TuningRequest(BaseModel):
         le=100_000,
         description="held-out rows on which the result is compared with the model as it began",
     )
+    generated_rows: int = Field(
+        0,
+        ge=0,
+        le=10_000,
+        description="held-out rows that the model answers at each evaluation, for eval_rougeL and "
+        "eval_exact_match",
+    )
+    generated_tokens: int = Field(
+        128, ge=1, le=MAX_LENGTH_LIMIT, description="that such an answer may have"
+    )
     logging_steps: int = Field(1, ge=1, le=1_000_000, description="steps between reported losses")
     save_steps: int | None = Field(
         None, ge=1, le=100_000_000, description="steps between checkpoints; also every minute"
@@ -288,6 +298,10 @@ class TuningRequest(BaseModel):
         )
 
     def _run(self) -> Run:
+        if self.generated_rows and not self.holdout and self.eval_dataset_path is None:
+            raise BadRequestError(
+                "generated_rows are held-out rows: give eval_dataset_path, or holdout"
+            )
         bits: Literal["4bit", "8bit"] | None = "8bit" if self.load_in_8bit else None
         return Run(
             quantization="4bit" if self.load_in_4bit else bits,
@@ -296,6 +310,8 @@ class TuningRequest(BaseModel):
             eval_steps=self.eval_steps,
             best=self._best(),
             compare_rows=self.compare_rows,
+            generated_rows=self.generated_rows,
+            generated_tokens=self.generated_tokens,
             logging_steps=self.logging_steps,
             save_steps=self.save_steps,
         )

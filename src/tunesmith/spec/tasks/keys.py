@@ -211,6 +211,17 @@ KEYS: tuple[Key, ...] = (
         "run.best.keep",
         "the result has the weights of the best evaluation",
     ),
+    _key(
+        "generated_rows",
+        "run.generated_rows",
+        "held-out rows that the model answers at each evaluation, for eval/rougeL",
+    ),
+    _key(
+        "generated_tokens",
+        "run.generated_tokens",
+        "that such an answer may have",
+        "generation_max_new_tokens generation_max_length",
+    ),
     _key("compare_rows", "run.compare_rows", "held-out rows on which base and result are compared"),
     # by what means
     _key(

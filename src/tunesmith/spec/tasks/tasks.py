@@ -57,6 +57,7 @@ class Task:
 _HELD = {HOLDOUT: 0.05}
 """Of the rows, where no eval_dataset is given."""
 _FULL = {"lora": None, **_HELD}
+_ANSWERED = {"run.generated_rows": 32}
 _ADAPTERS = "it trains every weight; write task_type: lora for adapters"
 TASKS: Mapping[str, Task] = {
     task.name: task
@@ -65,7 +66,7 @@ TASKS: Mapping[str, Task] = {
             "sft",
             "supervised fine-tuning of every weight",
             {ANY: Sft},
-            _FULL,
+            {**_FULL, **_ANSWERED},
             {"lora": _ADAPTERS, "sweep": _ADAPTERS, "run.quantization": _ADAPTERS},
             "model_final",
         ),
@@ -89,14 +90,18 @@ TASKS: Mapping[str, Task] = {
             "lora",
             "supervised fine-tuning of low-rank adapters",
             {ANY: Sft},
-            {"lora": {}, "optim.learning_rate": 2e-4, "row_ranks": True, **_HELD},
+            {"lora": {}, "optim.learning_rate": 2e-4, "row_ranks": True, **_HELD, **_ANSWERED},
         ),
         Task(
             "pretrain",
             "next-token training on plain text",
             {ANY: Pretrain},
             _HELD,
-            refused={"run.quantization": "it trains every weight"},
+            refused={
+                "run.quantization": "it trains every weight",
+                "run.generated_rows": "plain text has no answers",
+                "run.generated_tokens": "plain text has no answers",
+            },
         ),
     )
 }
