@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from api_fixtures import LOCAL, hub_of, make_workspace, open_door
+from api_fixtures import LOCAL, copy_model, hub_of, make_workspace, open_door
 from house import preferences
 from task_files import LORA, SFT
 from train_fixtures import write_rows
@@ -139,3 +139,34 @@ def test_the_client_sends_a_file_or_a_mapping(tmp_path: Path, door: TestClient) 
     assert answer.status_code == 404
     assert "data: no data set '🌊'" in answer.text
     assert str(door.base_url) == LOCAL
+
+
+def test_a_reward_model_is_pinned_and_counted(door: TestClient) -> None:
+    workspace = hub_of(door).workspace
+    folder = copy_model(workspace, "rm", architectures=["LlamaForSequenceClassification"])
+    text = "method: grpo\nmodel: models/tiny\ndataset: data/pairs.jsonl\nrewards:\n- kind: "
+    plain = hub_of(door).job(send(door, text + "exact_match").json()["job_id"], Principal.local())
+    answer = send(door, text + "model\n  model: models/rm")
+    job = hub_of(door).job(answer.json()["job_id"], Principal.local())
+    assert [(one.name, one.path) for one in job.reward_models] == [("models/rm", str(folder))]
+    size = (folder / "model.safetensors").stat().st_size
+    assert job.needs.memory_bytes - plain.needs.memory_bytes == pytest.approx(size, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "why", "status"),
+    [
+        ("models/tiny", "is no reward model", 400),
+        ("models/none", "no model 'models/none'", 404),
+        ("../rm", "", 400),
+    ],
+)
+def test_what_is_no_reward_model_is_refused_at_once(
+    door: TestClient, name: str, why: str, status: int
+) -> None:
+    body = {"method": "grpo", "model": "models/tiny", "dataset": "data/pairs.jsonl"}
+    rewards = [{"kind": "model", "model": name}]
+    answer = door.post("/train/config", json=body | {"rewards": rewards})
+    assert answer.status_code == status
+    assert answer.json()["detail"].startswith("rewards")
+    assert why in answer.json()["detail"]

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from hosts import Host
-from house import House, build
+from house import House, build, preferences
 from servers import free_port
+from train_fixtures import write_rows
 
 QUICK = {"num_epochs": 2, "save_steps": 10}
 LONG = {"num_epochs": 8, "save_steps": 10}
@@ -63,6 +64,17 @@ def test_what_a_host_of_its_own_makes_speaks_of_the_apis_paths(house: House, hos
         for path in output.rglob("*"):
             assert str(host.folder).encode() not in path.read_bytes(), path
     house.wait(lambda: not list((host.home / "jobs").glob("*")))
+
+
+def test_a_reward_model_and_its_base_come_to_a_host_of_its_own(house: House, host: Host) -> None:
+    write_rows(house.workspace / "data" / "pairs.jsonl", preferences(8))
+    asked = "model: models/tiny\ndataset: data/pairs.jsonl\noptim: {max_steps: 2}\n"
+    made = _output(house, house.configure(f"method: reward\n{asked}"))
+    rewards = f"rewards: [{{kind: model, model: outputs/{made.name}}}]\n"
+    size = "max_length: 64\nmax_completion_length: 4\nlora: null\n"
+    policy = _output(house, house.configure(f"method: grpo\n{asked}{rewards}{size}"))
+    for path in policy.rglob("*"):
+        assert not path.is_file() or str(host.folder).encode() not in path.read_bytes(), path
 
 
 def test_the_log_of_a_host_of_its_own_is_the_jobs_log(house: House, host: Host) -> None:

@@ -50,7 +50,7 @@ from tunesmith.spec.pipe import (
     TrainerEvent,
     TrainerTask,
 )
-from tunesmith.spec.train import AnySpec
+from tunesmith.spec.train import AnySpec, reward_models
 
 _EVENT: TypeAdapter[TrainerEvent] = TypeAdapter(TrainerEvent)
 _LOG_TAIL_BYTES = 4000
@@ -80,6 +80,7 @@ class Foreground:
             model=_found(name("model"), spec.model),
             dataset=_found(name("dataset"), spec.dataset),
             eval_dataset=spec.eval_dataset and _found(name("eval_dataset"), spec.eval_dataset),
+            reward_models={one: _found(name("rewards"), one) for one in reward_models(spec)},
         )
         target = out or Path(asked.output_dir or f"outputs/{path.stem}")
         full = target.expanduser().absolute()

@@ -74,7 +74,8 @@ def _foretold(training: "Foreground") -> "Estimate":
     with RowIndex.open(training.inputs.dataset, Reading.of(spec)) as index:
         renderer = Renderer.load(folder.tokenizer_place).with_fallback(index.format)
         found = measure(index, renderer, cut_of(spec, folder))
-    return foretell(spec, folder, found, (), is_gpu=False)
+    rewarding = [read(Path(one)) for one in training.inputs.reward_models.values()]
+    return foretell(spec, folder, found, (), is_gpu=False, rewarding=rewarding)
 
 
 def _probed(training: "Foreground") -> "Probed":

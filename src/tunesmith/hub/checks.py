@@ -108,7 +108,9 @@ class Checks:
         if verdict.measure is None:
             return detail
         history, is_gpu = self._hub.history.recent(), bool(job.needs.gpus)
-        told = foretell(job.spec, read(Path(job.model.path)), verdict.measure, history, is_gpu)
+        rewarding = [read(Path(one.path)) for one in job.reward_models]
+        folder = read(Path(job.model.path))
+        told = foretell(job.spec, folder, verdict.measure, history, is_gpu, rewarding)
         return {**detail, "estimate": told.model_dump(mode="json")}
 
 

@@ -29,9 +29,15 @@ class Ran:
 
 
 def foretell(
-    spec: TrainSpec, model: ModelFolder, measure: Measure, history: Sequence[Ran], is_gpu: bool
+    spec: TrainSpec,
+    model: ModelFolder,
+    measure: Measure,
+    history: Sequence[Ran],
+    is_gpu: bool,
+    rewarding: Sequence[ModelFolder] = (),
 ) -> Estimate:
-    """`history` is of jobs of any kind; those on the same kind of device count."""
+    """`history` is of jobs of any kind; those on the same kind of device count. `rewarding` are
+    models that completions are scored by."""
     if isinstance(spec, Sweepable) and spec.sweep is not None:
         alone = spec.configurations().values()
         each = [foretell(one, model, measure, history, is_gpu) for one in alone]
@@ -55,7 +61,7 @@ def foretell(
         is_exact=measure.is_exact,
         seconds=round(START_SECONDS + work / speed, 1),
         seconds_from=told,
-        peak_memory_bytes=needs.of(spec, model, is_gpu).memory_bytes,
+        peak_memory_bytes=needs.of(spec, model, is_gpu, rewarding).memory_bytes,
         checkpoint_bytes=needs.checkpoint_bytes(spec, model),
         disk_bytes=needs.disk_bytes(spec, model),
     )

@@ -79,6 +79,8 @@ class ModelFolder:
     """Of the base, where a layer multiplies by them."""
     adapter_parameters: int = 0
     """0 where it is none."""
+    is_scoring: bool = False
+    """A reward model: it gives a number, and no tokens."""
     files: tuple[Path, ...] = ()
     """All that is read of it, of the adapter and of the base."""
 
@@ -121,7 +123,7 @@ def read(path: Path, field: str = "model") -> ModelFolder:
 def _read(
     path: Path, base: Path, is_adapter: bool, field: str, _stamps: tuple[object, ...]
 ) -> ModelFolder:
-    config = _json(base / "config.json", field)
+    config, adapter_config = _json(base / "config.json", field), path / "adapter_config.json"
     for folder in dict.fromkeys((path, base)):
         _refuse_code(folder, field)
     weights = sorted(base.glob("*.safetensors"))
@@ -148,8 +150,17 @@ def _read(
         adapter_parameters=(
             _tensors(adapter, field).parameters if is_adapter and adapter.exists() else 0
         ),
+        is_scoring=_is_scoring(config, _json(adapter_config, field) if is_adapter else {}),
         files=_files(path) + (() if base == path else _files(base)),
     )
+
+
+def _is_scoring(config: dict[str, Any], adapter: dict[str, Any]) -> bool:
+    """Saved with a head that scores: all of it, or an adapter."""
+    told = config.get("architectures")
+    named = told if isinstance(told, list) else []
+    is_full = any(str(one).endswith("ForSequenceClassification") for one in named)
+    return is_full or adapter.get("task_type") == "SEQ_CLS"
 
 
 def _files(folder: Path) -> tuple[Path, ...]:

@@ -181,13 +181,12 @@ class Hands:
         busy = ask.capacity.max_slots - ask.capacity.slots
         threads = max(1, ask.capacity.max_slots // (busy + 1))
         folder = settings.home / "jobs" / job.id
-        evaluation = job.eval_dataset.path if job.eval_dataset else None
         return Assignment(
             job_id=job.id,
             fence=claimed.fence,
             token=claimed.token,
             spec=job.spec,
-            inputs=Inputs(model=job.model.path, dataset=job.dataset.path, eval_dataset=evaluation),
+            inputs=_inputs(job),
             attempt_dir=str(folder / "attempts" / str(claimed.fence)),
             log_path=str(self._hub.log_path(job.id)),
             plan=job.plan,
@@ -249,6 +248,15 @@ class Hands:
         except OSError:
             return False
         return hashlib.sha256(body).hexdigest() == outcome.manifest_sha256
+
+
+def _inputs(job: Job) -> Inputs:
+    return Inputs(
+        model=job.model.path,
+        dataset=job.dataset.path,
+        eval_dataset=None if job.eval_dataset is None else job.eval_dataset.path,
+        reward_models={one.name: one.path for one in job.reward_models},
+    )
 
 
 def _unplaced(outcome: Outcome, refusal: Exception) -> Outcome:

@@ -10,7 +10,14 @@ from tunesmith.errors import BadRequestError, NotFoundError
 from tunesmith.hub.folder import ModelFolder, read
 from tunesmith.manifest import MANIFEST
 from tunesmith.spec.records import Job, Source
-from tunesmith.spec.transfer import MAX_FILES, InputListing, RemoteFile, RemoteFolder, check_name
+from tunesmith.spec.transfer import (
+    MAX_FILES,
+    InputListing,
+    RemoteFile,
+    RemoteFolder,
+    RemoteModel,
+    check_name,
+)
 
 if TYPE_CHECKING:
     from tunesmith.hub import Hub
@@ -21,16 +28,14 @@ Named = tuple[str, Path]
 
 def listing(hub: "Hub", job: Job) -> InputListing:
     """Reads every byte, the first time. Raises BadRequestError, NotFoundError where one is gone."""
-    model = read(Path(job.model.path))
-    base = None
-    if model.is_adapter:
-        base = _folder(hub, base_name(model), model_files(model.base))
+    model = _model(hub, job.model)
     resume = None if job.resume_from is None else Path(job.resume_from)
     return InputListing(
-        model=_folder(hub, job.model.path, model_files(model.path)),
-        base=base,
+        model=model.model,
+        base=model.base,
         dataset=_data(hub, job.dataset),
         eval_dataset=None if job.eval_dataset is None else _data(hub, job.eval_dataset),
+        reward_models={one.name: _model(hub, one) for one in job.reward_models},
         resume_from=None if resume is None else _folder(hub, str(resume), tree(resume)),
     )
 
@@ -50,8 +55,8 @@ def find(hub: "Hub", job: Job, sha256: str) -> Path:
 
 
 def _all(job: Job) -> Iterator[Path]:
-    model = read(Path(job.model.path))
-    for folder in dict.fromkeys((model.path, model.base)):
+    models = [read(Path(source.path)) for source in (job.model, *job.reward_models)]
+    for folder in dict.fromkeys(place for one in models for place in (one.path, one.base)):
         yield from (path for _, path in model_files(folder))
     if job.resume_from is not None:
         yield from (path for _, path in tree(Path(job.resume_from)))
@@ -89,6 +94,14 @@ def tree(folder: Path) -> list[Named]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not path.is_symlink()
     ]
+
+
+def _model(hub: "Hub", source: Source) -> RemoteModel:
+    model = read(Path(source.path))
+    base = None
+    if model.is_adapter:
+        base = _folder(hub, base_name(model), model_files(model.base))
+    return RemoteModel(model=_folder(hub, source.path, model_files(model.path)), base=base)
 
 
 def _data(hub: "Hub", source: Source) -> RemoteFile:

@@ -1,8 +1,10 @@
 """How much memory and disk a job will want: estimates for admission, on the careful side."""
 
+from collections.abc import Sequence
+
 from tunesmith.hub.folder import Matrix, ModelFolder
 from tunesmith.spec.records import Needs
-from tunesmith.spec.train import Lora, Pretrain, Reward, Sweepable, TrainSpec
+from tunesmith.spec.train import Lora, Pretrain, Reinforcing, Reward, Sweepable, TrainSpec
 
 PROCESS_BYTES = 400 << 20
 """A trainer with torch and transformers imported, much of it shared with its fork's parent."""
@@ -12,14 +14,26 @@ MICRO_BATCH_TOKENS = 2048
 """Tokens whose activations are alive at once, at least; more where one sample is longer."""
 
 
-def of(spec: TrainSpec, model: ModelFolder, has_gpu: bool = False) -> Needs:
-    """Weights, gradients and optimizer state in fp32, activations of one micro-batch, logits."""
-    weights = 4 * parameters(spec, model) + 12 * trained(spec, model)
+def of(
+    spec: TrainSpec,
+    model: ModelFolder,
+    has_gpu: bool = False,
+    rewarding: Sequence[ModelFolder] = (),
+) -> Needs:
+    """Weights, gradients and optimizer state in fp32, activations of one micro-batch, logits; the
+    weights of models that reward, too."""
+    weights = 4 * parameters(spec, model) + 12 * trained(spec, model) + _reference(spec, model)
+    weights += sum(4 * (one.parameters + one.adapter_parameters) for one in rewarding)
     each = PROCESS_BYTES + weights + _activations(spec, model)
     return Needs(
         gpus=spec.run.devices if has_gpu else 0,
         memory_bytes=min(each * (1 if has_gpu else spec.run.devices), MAX_BYTES),
     )
+
+
+def _reference(spec: TrainSpec, model: ModelFolder) -> int:
+    """What is trained, once more as it was opened, where completions are compared with that."""
+    return 4 * trained(spec, model) if isinstance(spec, Reinforcing) else 0
 
 
 def disk_bytes(spec: TrainSpec, model: ModelFolder) -> int:

@@ -31,7 +31,7 @@ from tunesmith.manifest import BrokenManifest, verify
 from tunesmith.spec.estimate import Estimate
 from tunesmith.spec.hands import Capacity
 from tunesmith.spec.records import Job, Needs, NewJob, Source
-from tunesmith.spec.train import Pretrain, TrainSpec
+from tunesmith.spec.train import Pretrain, TrainSpec, reward_models
 from tunesmith.store import idempotency, jobs, reservations
 from tunesmith.store.files import confine
 
@@ -69,11 +69,13 @@ def _estimate(hub: "Hub", asked: Request, who: Principal) -> Estimate:
             f"{name}: {model.name!r} is not here yet; the first job that wants it downloads it",
             param=name,
         )
+    rewarding = _rewarding(look, asked, who)
     part = look.pinned(spec.dataset, who, asked.name("dataset"), Reading.of(spec))
     _refuse_unsuited(part, asked, "dataset")
     is_gpu = _has_gpu(look.workers())
     looked = checks.measured(hub, spec, model.folder, part)
-    return foretell(spec, model.folder, looked, look.history(), is_gpu)
+    folders = [one.folder for one in rewarding]
+    return foretell(spec, model.folder, looked, look.history(), is_gpu, folders)
 
 
 async def _submit(hub: "Hub", asked: Request, who: Principal) -> Job:
@@ -100,6 +102,8 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
     spec, free_bytes = asked.spec, look.free_bytes()
     model = look.base(spec.model, who, asked.name("model"))
     _refuse_model(model, asked)
+    rewarding = _rewarding(look, asked, who)
+    folders = [one.folder for one in rewarding]
     reading = Reading.of(spec)
     training = look.pinned(spec.dataset, who, asked.name("dataset"), reading)
     _refuse_unsuited(training, asked, "dataset")
@@ -112,7 +116,7 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
     output_dir = None if asked.output_dir is None else output.find(hub, asked, model.folder)
     _refuse_full_disk(spec, model, free_bytes)
     workers = look.workers()
-    wanted = needs.of(spec, model.folder, _has_gpu(workers))
+    wanted = needs.of(spec, model.folder, _has_gpu(workers), folders)
     _refuse_unfit(wanted, workers)
     parts = [training] if evaluation is None else [training, evaluation]
     verdicts = [look.verdict(spec, model, part) for part in parts if model.is_here]
@@ -126,6 +130,7 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
         model=Source(name=spec.model, path=str(model.folder.path)),
         dataset=training.source,
         eval_dataset=evaluation.source if evaluation else None,
+        reward_models=tuple(Source(name=one.name, path=str(one.folder.path)) for one in rewarding),
         output_dir=output_dir,
         needs=wanted,
         priority=asked.priority,
@@ -137,7 +142,7 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
         estimate=(
             None
             if looked is None
-            else foretell(spec, model.folder, looked, look.history(), bool(wanted.gpus))
+            else foretell(spec, model.folder, looked, look.history(), bool(wanted.gpus), folders)
         ),
     )
 
@@ -153,6 +158,31 @@ def _refuse_model(model: FoundModel, asked: Request) -> None:
     is_from_scratch = isinstance(asked.spec, Pretrain) and asked.spec.from_scratch
     if not model.folder.has_weights and not is_from_scratch:
         raise BadRequestError(f"{name}: {model.name!r} has no safetensors weights", param=name)
+
+
+def _rewarding(look: Look, asked: Request, who: Principal) -> list[FoundModel]:
+    """The models that rewards come from. Raises NotFoundError, BadRequestError."""
+    field = asked.name("rewards")
+    found = [look.base(name, who, field) for name in reward_models(asked.spec)]
+    for one in found:
+        if not one.is_here:
+            raise BadRequestError(
+                f"{field}: the reward model {one.name!r} is not here; download it, then "
+                "tunesmith models add NAME PATH",
+                param=field,
+            )
+        if not one.folder.is_scoring:
+            raise BadRequestError(
+                f"{field}: {one.name!r} is no reward model: it gives tokens and no score; train "
+                "one with method: reward (task_type: rl, algorithm: reward)",
+                param=field,
+            )
+        if not (one.folder.has_tokenizer and one.folder.has_weights):
+            raise BadRequestError(
+                f"{field}: {one.name!r} lacks its tokenizer.json, or safetensors weights",
+                param=field,
+            )
+    return found
 
 
 def _refuse_unsuited(part: Pinned, asked: Request, field: str) -> None:

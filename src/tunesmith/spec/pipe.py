@@ -44,6 +44,8 @@ class Inputs(Strict):
     model: str
     dataset: str
     eval_dataset: str | None = None
+    reward_models: dict[str, str] = {}
+    """By the name in the specification."""
     named: dict[str, str] = {}
     """What the result calls a model instead of its path here, where it has another elsewhere."""
 

@@ -63,6 +63,7 @@ class NewJob(Strict):
     model: Source
     dataset: Source
     eval_dataset: Source | None = None
+    reward_models: tuple[Source, ...] = ()
     output_dir: str | None = None
     """Absolute; None means outputs/<job id>."""
     needs: Needs = Needs()
@@ -90,6 +91,7 @@ class Job(Strict):
     model: Source
     dataset: Source
     eval_dataset: Source | None
+    reward_models: tuple[Source, ...]
     output_dir: str
     needs: Needs
     priority: int

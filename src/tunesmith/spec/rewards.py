@@ -1,10 +1,10 @@
 """What a completion may be rewarded for. Pure data."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunesmith.spec.strict import Strict
+from tunesmith.spec.strict import Name, Strict
 
 
 class Weighed(Strict):
@@ -18,4 +18,18 @@ class ExactMatch(Weighed):
     kind: Literal["exact_match"] = "exact_match"
 
 
-RewardSource = ExactMatch
+class RewardModel(Weighed):
+    """The score of a reward model, which stays as it is."""
+
+    kind: Literal["model"] = "model"
+    model: Name
+    """One made with `method: reward`, or any that gives one number for a sequence."""
+
+
+RewardSource = Annotated[ExactMatch | RewardModel, Field(discriminator="kind")]
+
+
+def models_in(sources: tuple[RewardSource, ...]) -> tuple[str, ...]:
+    """Names of the reward models, each once."""
+    named = (source.model for source in sources if isinstance(source, RewardModel))
+    return tuple(dict.fromkeys(named))

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from tunesmith.spec.rewards import RewardSource
+from tunesmith.spec.rewards import RewardSource, models_in
 from tunesmith.spec.strict import Name, Strict
 from tunesmith.spec.sweep import LORA_SETTINGS, Sweep, TrialName
 
@@ -511,3 +511,8 @@ class Ppo(Reinforcing):
 
 AnySpec = Sft | Pretrain | Preference | Kto | Orpo | Cpo | Simpo | Reward | Grpo | Rloo | Ppo
 TrainSpec = Annotated[AnySpec, Field(discriminator="method")]
+
+
+def reward_models(spec: AnySpec) -> tuple[str, ...]:
+    """Names of the models that rewards come from, each once."""
+    return models_in(spec.rewards) if isinstance(spec, Reinforcing) else ()

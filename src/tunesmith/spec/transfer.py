@@ -64,12 +64,20 @@ class RemoteFolder(Strict):
     files: tuple[RemoteFile, ...] = Field(max_length=MAX_FILES)
 
 
+class RemoteModel(Strict):
+    model: RemoteFolder
+    base: RemoteFolder | None = None
+    """What it stands on, where it is an adapter."""
+
+
 class InputListing(Strict):
     model: RemoteFolder
     base: RemoteFolder | None = None
     """What the model stands on, where that is an adapter."""
     dataset: RemoteFile
     eval_dataset: RemoteFile | None = None
+    reward_models: dict[str, RemoteModel] = {}
+    """By the name in the specification."""
     resume_from: RemoteFolder | None = None
 
 

@@ -18,7 +18,12 @@ _PATHS: tuple[Column[Any], ...] = (
     names.c.path,
     engines.c.model_path,
 )
-_SOURCES: tuple[Column[Any], ...] = (jobs.c.model, jobs.c.dataset, jobs.c.eval_dataset)
+_SOURCES: tuple[Column[Any], ...] = (
+    jobs.c.model,
+    jobs.c.dataset,
+    jobs.c.eval_dataset,
+    jobs.c.reward_models,
+)
 _TELLING = ("checkpointed", "finished", "succeeded")
 """Events that name folders."""
 

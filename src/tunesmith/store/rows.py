@@ -53,6 +53,7 @@ def to_job(row: Mapping[Any, Any]) -> Job:
     values = dict(row)
     _, gpus, memory_bytes, _ = (values.pop(name) for name in _INNER)
     values["needs"] = {"gpus": gpus, "memory_bytes": memory_bytes}
+    values["reward_models"] = values["reward_models"] or ()
     return Job.model_validate(values)
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
 from tunesmith.errors import ConflictError, RateLimitError
-from tunesmith.spec.records import Job, JobState, NewJob
+from tunesmith.spec.records import Job, JobState, NewJob, Source
 from tunesmith.store import rows
 from tunesmith.store.prepared import Prepared, insert
 from tunesmith.store.tables import UNCHECKED, events, is_unfinished, jobs, now, quotas, touch
@@ -98,6 +98,7 @@ def _row(new: NewJob, at: float, outputs_root: str | PathLike[str]) -> dict[str,
         "model": new.model.model_dump_json(),
         "dataset": new.dataset.model_dump_json(),
         "eval_dataset": None if evaluation is None else evaluation.model_dump_json(),
+        "reward_models": _all_of(new.reward_models),
         "output_dir": new.output_dir or f"{outputs_root}/{job_id}",
         "needs_gpus": new.needs.gpus,
         "needs_memory_bytes": new.needs.memory_bytes,
@@ -111,6 +112,12 @@ def _row(new: NewJob, at: float, outputs_root: str | PathLike[str]) -> dict[str,
         "created_at": at,
         "not_before": at,
     }
+
+
+def _all_of(sources: Sequence[Source]) -> str | None:
+    if not sources:
+        return None
+    return f"[{','.join(source.model_dump_json() for source in sources)}]"
 
 
 def _told(new: NewJob) -> str:
@@ -138,9 +145,9 @@ def _add_first_event(dialect: str) -> Any:
 
 
 _GIVEN = (
-    *("id", "owner", "spec", "model", "dataset", "eval_dataset", "output_dir", "needs_gpus"),
-    *("needs_memory_bytes", "priority", "is_validated", "request", "label", "retry_of"),
-    *("resume_from", "created_at", "not_before"),
+    *("id", "owner", "spec", "model", "dataset", "eval_dataset", "reward_models", "output_dir"),
+    *("needs_gpus", "needs_memory_bytes", "priority", "is_validated", "request", "label"),
+    *("retry_of", "resume_from", "created_at", "not_before"),
 )
 _ADD = Prepared(_add)
 _ADD_FIRST_EVENT = Prepared(_add_first_event)

@@ -102,6 +102,7 @@ jobs = Table(
     Column("model", Json, nullable=False),
     Column("dataset", Json, nullable=False),
     Column("eval_dataset", Json),
+    Column("reward_models", Json),
     Column("output_dir", Text, nullable=False),
     Column("needs_gpus", Integer, nullable=False),
     Column("needs_memory_bytes", BigInteger, nullable=False),

@@ -42,6 +42,8 @@ from tunesmith.train.parallel import Group
 from tunesmith.train.probe import probe
 from tunesmith.train.process import Asks
 from tunesmith.train.report import Report
+from tunesmith.train.rewarding import Rewarder
+from tunesmith.train.rewards import Bench, open_rewarders
 from tunesmith.train.rollout import Rollouts, Wish
 from tunesmith.train.sets import open_sets
 from tunesmith.train.source import RowSource, read_row
@@ -240,6 +242,7 @@ class Job:
             tell=self._tell_measured,
             warn=self._notice,
             tell_drawing=self._tell_drawing,
+            rewarder=self._rewarder(opened),
         )
         inputs = self._task.inputs
         rows = Data(opened.rows, inputs.dataset, self._spec.optim.seed, "train")
@@ -248,6 +251,12 @@ class Job:
             return method, None
         evaluation = inputs.eval_dataset or inputs.dataset
         return method, ready(stage, Data(opened.eval_rows, evaluation, None, "eval"))
+
+    def _rewarder(self, opened: Opened) -> Rewarder | None:
+        if not isinstance(self._spec, Reinforcing):
+            return None
+        bench = Bench(self._task.inputs, self._plan, opened.rows.format, self._notice)
+        return open_rewarders(self._spec.rewards, bench)
 
     def _tell_measured(self, done: int, steps: int) -> None:
         message = f"measured what the model says before it is trained: {done} of {steps} steps"

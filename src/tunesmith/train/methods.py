@@ -41,7 +41,7 @@ from tunesmith.train.prompts import PromptReader
 from tunesmith.train.reference import Reference, key_of, walk
 from tunesmith.train.reward import RewardLoss
 from tunesmith.train.rewarded import RewardedDraws
-from tunesmith.train.rewards import open_rewarders
+from tunesmith.train.rewarding import Rewarder
 from tunesmith.train.rloo import RlooLoss
 from tunesmith.train.rollout import Rollouts, Wish
 from tunesmith.train.rounds import Drawer, RoundFeed, Rounds
@@ -68,6 +68,8 @@ class Stage:
     """Of what is worth reading: a code and a sentence."""
     tell_drawing: Callable[[], None] = lambda: None
     """Called often while completions are drawn."""
+    rewarder: Rewarder | None = None
+    """Of completions, where the method draws any."""
 
     @property
     def samples_a_step(self) -> int:
@@ -248,4 +250,5 @@ def _drawer(stage: Stage, data: Data, spec: Reinforcing) -> Drawer:
         return stage.should_stop()
 
     rollouts = Rollouts(stage.ground.model, stage.ground.device, should_stop=should_stop)
-    return Drawer(rollouts, wish, open_rewarders(spec.rewards), data.rows, stage.renderer)
+    assert stage.rewarder is not None
+    return Drawer(rollouts, wish, stage.rewarder, data.rows, stage.renderer)

@@ -19,7 +19,16 @@ class Judged:
     completion_ids: tuple[int, ...]
 
 
+class Scorer(Protocol):
+    """One source of rewards."""
+
+    def score(self, judged: Sequence[Judged]) -> list[float]:
+        """One number for each completion, not yet weighed. Raises JobFailure where it cannot."""
+
+
 class Rewarder(Protocol):
+    """All sources of a job."""
+
     @property
     def names(self) -> tuple[str, ...]:
         """Of the sources, for metrics; all different."""

@@ -16,7 +16,7 @@ from tunesmith.manifest import BrokenManifest, verify
 from tunesmith.spec.hands import Assignment
 from tunesmith.spec.pipe import KNOWN, Inputs, Notice
 from tunesmith.spec.records import CheckpointRow
-from tunesmith.spec.transfer import InputListing, RemoteFile, RemoteFolder
+from tunesmith.spec.transfer import InputListing, RemoteFile, RemoteFolder, RemoteModel
 from tunesmith.work.cache import Cache, link
 from tunesmith.work.fetch import Fetcher, as_failure
 from tunesmith.work.place import Mount, house_id
@@ -33,6 +33,8 @@ LISTING_SECONDS = 600.0
 """The API reads every byte of a model, the first time."""
 _ADAPTER = "adapter_config.json"
 Say = Callable[[Notice], None]
+Pick = Callable[[InputListing], RemoteModel]
+"""One of a listing's models."""
 T = TypeVar("T")
 
 
@@ -119,12 +121,18 @@ class Staging:
         Raises JobFailure, FencedError, OSError.
         """
         asked = self.job.inputs
-        model, named = await self._model(asked.model)
+        model, named = await self._model(asked.model, _tuned, "model", "base")
+        rewarding: dict[str, str] = {}
+        for number, (name, path) in enumerate(asked.reward_models.items()):
+            mark = f"reward-{number}"
+            found, more = await self._model(path, _rewarding(name), mark, f"{mark}-base")
+            rewarding[name], named = str(found), named | more
         evaluation = asked.eval_dataset
         return Inputs(
             model=str(model),
             dataset=str(await self._data(asked.dataset, "dataset")),
             eval_dataset=str(await self._data(evaluation, "eval_dataset")) if evaluation else None,
+            reward_models=rewarding,
             named=named,
         )
 
@@ -191,16 +199,18 @@ class Staging:
         listing = (await self._listed()).resume_from
         return None if listing is None else str(await self._laid_out(listing, "resume"))
 
-    async def _model(self, asked: str) -> tuple[Path, dict[str, str]]:
-        """The model's folder here, and what results call it."""
+    async def _model(
+        self, asked: str, pick: Pick, place: str, base_place: str
+    ) -> tuple[Path, dict[str, str]]:
+        """A model's folder here, and what results call it."""
         path = self.mount.to_ours(asked)
         if self.site is None or (not self.is_remote and _is_usable(path, self.mount.is_same)):
             return path, {} if self.mount.is_same else {str(path): asked}
-        listing = await self._listed()
-        model = await self._laid_out(listing.model, "model")
+        listing = pick(await self._listed())
+        model = await self._laid_out(listing.model, place)
         named = {str(model): listing.model.name}
         if listing.base is not None:
-            base = await self._laid_out(listing.base, "base")
+            base = await self._laid_out(listing.base, base_place)
             named[str(base)] = listing.base.name
             _stand_on(model / _ADAPTER, base)
         return model, named
@@ -272,6 +282,14 @@ def _is_usable(model: Path, has_same_paths: bool) -> bool:
         return has_same_paths and (Path(base) / "config.json").is_file()
     except (OSError, ValueError, KeyError, TypeError):
         return True  # for the trainer to tell what is wrong with it
+
+
+def _tuned(listing: InputListing) -> RemoteModel:
+    return RemoteModel(model=listing.model, base=listing.base)
+
+
+def _rewarding(name: str) -> Pick:
+    return lambda listing: listing.reward_models[name]
 
 
 def _starts_anew(job: Assignment) -> Notice:

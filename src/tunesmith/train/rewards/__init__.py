@@ -1,12 +1,61 @@
 """What rewards completions, one file a kind of source."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from tunesmith.spec.rewards import RewardSource
-from tunesmith.train.rewarding import Rewarder
-from tunesmith.train.rewards.matching import Matching
+from tunesmith.spec.pipe import Inputs, Plan
+from tunesmith.spec.rewards import ExactMatch, RewardModel, RewardSource
+from tunesmith.train.rewarding import Judged, Rewarder, Scorer
+from tunesmith.train.rewards.matching import ExactMatching
+from tunesmith.train.rewards.scoring import ModelScoring
 
 
-def open_rewarders(sources: Sequence[RewardSource]) -> Rewarder:
-    """All sources as one."""
-    return Matching(tuple(sources))
+@dataclass(frozen=True)
+class Bench:
+    """What sources are opened with."""
+
+    inputs: Inputs
+    plan: Plan
+    format: str
+    """Of the rows."""
+    warn: Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several sources as one. See `Rewarder`."""
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    scorers: tuple[Scorer, ...]
+
+    def score(self, judged: Sequence[Judged]) -> list[list[float]]:
+        columns = [scorer.score(judged) for scorer in self.scorers]
+        return [list(scores) for scores in zip(*columns, strict=True)]
+
+
+def open_rewarders(sources: Sequence[RewardSource], bench: Bench) -> Rewarder:
+    """Raises JobFailure."""
+    return Together(
+        names=_names([source.kind for source in sources]),
+        weights=tuple(source.weight for source in sources),
+        scorers=tuple(_open(source, bench) for source in sources),
+    )
+
+
+def _open(source: RewardSource, bench: Bench) -> Scorer:
+    match source:
+        case ExactMatch():
+            return ExactMatching()
+        case RewardModel():
+            folder = bench.inputs.reward_models[source.model]
+            return ModelScoring(folder, bench.plan, bench.format, bench.warn)
+
+
+def _names(kinds: Sequence[str]) -> tuple[str, ...]:
+    """Each kind; from its second source on with a number."""
+    before = [kinds[:at].count(kind) for at, kind in enumerate(kinds)]
+    return tuple(
+        kind if not count else f"{kind}_{count + 1}"
+        for kind, count in zip(kinds, before, strict=True)
+    )

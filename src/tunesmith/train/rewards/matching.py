@@ -1,33 +1,21 @@
 """Completions compared with what should be answered."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from tunesmith.data.asked import asked
 from tunesmith.errors import FailureClass, JobFailure
-from tunesmith.spec.rewards import ExactMatch
 from tunesmith.train.rewarding import Judged
 
 
-@dataclass(frozen=True)
-class Matching:
-    """See `Rewarder`."""
+class ExactMatching:
+    """See `Scorer`."""
 
-    sources: tuple[ExactMatch, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(source.kind for source in self.sources)
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        return tuple(source.weight for source in self.sources)
-
-    def score(self, judged: Sequence[Judged]) -> list[list[float]]:
-        return [[_matches(one)] * len(self.sources) for one in judged]
+    def score(self, judged: Sequence[Judged]) -> list[float]:
+        return [float(one.completion.strip() == reference_of(one).strip()) for one in judged]
 
 
-def _matches(judged: Judged) -> float:
+def reference_of(judged: Judged) -> str:
+    """Raises JobFailure(data_error) where the row has none."""
     reference = asked(judged.row).reference
     if reference is None:
         raise JobFailure(
@@ -35,4 +23,4 @@ def _matches(judged: Judged) -> float:
             f"line {judged.row.line}: no reference to compare a completion with",
             'give the row a "reference", or an answer',
         )
-    return float(judged.completion.strip() == reference.strip())
+    return reference

@@ -1,0 +1,101 @@
+"""What completions are rewarded for, in the trainer: models that score, and rules."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rl_fixtures import ASKED, guessing
+from train_fixtures import Place, preferences, run_here, tuned, write_rows
+from tunesmith.data.formats import Row
+from tunesmith.data.render import Renderer
+from tunesmith.errors import FailureClass, JobFailure
+from tunesmith.nn.forks import Fork, flatten_ends
+from tunesmith.nn.language import open_scorer
+from tunesmith.nn.opening import Opening
+from tunesmith.spec.chat import Message
+from tunesmith.spec.pipe import Inputs, Plan
+from tunesmith.spec.rewards import RewardModel
+from tunesmith.spec.train import Grpo, Lora, Reward, Rloo, Run
+from tunesmith.train.rewarding import Judged
+from tunesmith.train.rewards import Bench, open_rewarders
+
+EACH_STEP = Run(save_steps=1, keep_checkpoints=100, save_seconds=3600)
+SHORT = {"max_completion_length": 6, "max_length": 32, "rollout_batch_size": 4, "batch_size": 16}
+MODEL = {"kind": "model", "model": "rm"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return guessing(tmp_path_factory.mktemp("rewards"), epochs=5)
+
+
+@pytest.fixture(scope="module", params=[None, Lora(rank=4)], ids=["full", "lora"])
+def reward_model(place: Place, request):
+    pairs = write_rows(place.folder / "pairs.jsonl", preferences(24))
+    inputs = Inputs(model=str(place.model), dataset=str(pairs))
+    spec = tuned(Reward, lora=request.param, max_steps=4, learning_rate=1e-2)
+    return run_here(place.task(spec, inputs=inputs)).last["artifact"]
+
+
+def rewarded(place: Place, folder: str) -> Inputs:
+    return Inputs(model=str(place.model), dataset=str(place.dataset), reward_models={"rm": folder})
+
+
+def opened(inputs: Inputs, budget: int = 4096, said: list[str] | None = None):
+    plan = Plan(threads=1, micro_batch_tokens=budget)
+    warned = [] if said is None else said
+    bench = Bench(inputs, plan, "prompts", lambda code, _: warned.append(code))
+    return open_rewarders([RewardModel(model="rm")], bench)
+
+
+def completed(prompt: str, *told: str) -> list[Judged]:
+    asked = Row(1, messages=(Message(role="user", content=prompt),))
+    return [Judged(asked, [{"role": "user", "content": prompt}], one, ()) for one in told]
+
+
+@pytest.mark.parametrize("budget", [4096, 24])
+def test_a_reward_model_scores_what_it_was_trained_to_read(place, reward_model, budget):
+    given = [*completed("river", "stone", "night 빛 stone"), *completed("夜", "水")]
+    found = opened(rewarded(place, reward_model), budget).score(given)
+    model = open_scorer(reward_model, Opening(lora=None, has_dropout=False))
+    renderer = Renderer.load(reward_model)
+    for one, (score,) in zip(given, found, strict=True):
+        said = (*one.row.messages, Message(role="assistant", content=one.completion))
+        ids = renderer.encode(Row(1, messages=said)).ids
+        with torch.no_grad():
+            [expected] = model.scores(flatten_ends([Fork((), ((ids, [True] * len(ids)),))]))
+        assert score == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_reward_model_reads_the_end_of_what_its_context_does_not_hold(place, reward_model):
+    said: list[str] = []
+    rewarder = opened(rewarded(place, reward_model), said=said)
+    scores = rewarder.score(completed(" ".join(ASKED * 60), "stone", "stone", "night"))
+    assert scores[0] == pytest.approx(scores[1])
+    assert said == ["reward_cut"]
+
+
+def test_a_policy_learns_from_a_model_and_goes_on_to_the_same_bits(place, reward_model):
+    rewards = [MODEL, {"kind": "exact_match"}]
+    spec = tuned(Grpo, **SHORT, rewards=rewards, max_steps=4, run=EACH_STEP)
+    inputs = rewarded(place, reward_model)
+    whole = run_here(place.task(spec, inputs=inputs))
+    told = whole.of("step")[0]["metrics"]
+    total = told["reward/model"] + told["reward/exact_match"]
+    assert told["reward/mean"] == pytest.approx(total)
+    saved = {event["step"]: event["path"] for event in whole.of("checkpointed")}
+    again = run_here(place.task(spec, inputs=inputs, resume_from=saved[3]))
+    assert again.losses.items() <= whole.losses.items()
+    expected, found = (
+        load_file(Path(events.last["artifact"]) / "model.safetensors") for events in (whole, again)
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_model_without_a_score_is_refused_as_a_reward(place):
+    spec = tuned(Rloo, **SHORT, rewards=[MODEL], max_steps=1)
+    with pytest.raises(JobFailure, match="is no reward model") as caught:
+        run_here(place.task(spec, inputs=rewarded(place, str(place.model))))
+    assert caught.value.failure_class is FailureClass.USER_ERROR
