@@ -51,9 +51,8 @@ tokenizer: configs/tokenizer.model
 
 def lay_out(folder: Path) -> None:
     """All that the configurations name, but for the reward model."""
-    tiny = make_model(folder / "llama2-7b")
-    for name in ("qwen-7b", "qwen-7b-sft"):
-        shutil.copytree(tiny, folder / name)
+    shutil.copytree(make_model(folder / "llama2-7b"), folder / "qwen-7b")
+    make_model(folder / "qwen-7b-sft", context=2048)
     (folder / "datasets").mkdir(exist_ok=True)
     for name, rows in SAMPLES.items():
         write_rows(folder / "datasets" / f"{name}.jsonl", rows)

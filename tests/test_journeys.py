@@ -270,22 +270,50 @@ def test_rl_without_an_algorithm_is_dpo_for_both_shapes_of_rows(tasked: House, r
     AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_a_reward_model_goes_where_the_rl_file_looks_for_it(tasked: House) -> None:
+@pytest.fixture(scope="module")
+def reward_model(tasked: House) -> tuple[dict[str, Any], Path]:
+    """Made where the RL file looks for it."""
     text = RL_DATA.format("rl_scored") + "algorithm: reward\noutput_dir: qwen-7b-rm\n"
-    job, folder, _ = configured(tasked, text)
+    return configured(tasked, text)[:2]
+
+
+def test_a_reward_model_goes_where_it_was_asked_to(
+    tasked: House, reward_model: tuple[dict[str, Any], Path]
+) -> None:
+    job, folder = reward_model
     assert folder == tasked.workspace / "qwen-7b-rm"
     assert job["config"]["output_dir"] == "qwen-7b-rm"
     assert AutoModelForSequenceClassification.from_pretrained(folder).config.num_labels == 1
 
 
-def test_reinforcement_is_asked_for_in_the_contracts_words(tasked: House) -> None:
-    """Its file, but rewarded by a rule."""
-    line = next(line for line in task_files.RL.splitlines() if line.startswith("reward_model"))
-    text = task_files.RL.replace(line, "rewards: exact_match\nmax_new_tokens: 8")
-    job, folder, _ = configured(tasked, text)
+def test_the_contracts_rl_file_runs_as_it_stands(tasked: House, reward_model: Any) -> None:
+    job, folder, _ = configured(tasked, task_files.RL)
     assert job["training_type"] == "ppo"
+    assert {"reward/mean", "reward/model", "kl_divergence", "episode_length"} <= job["named"]
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("rows", ["rl_preference", "rl_scored"])
+def test_without_a_reward_model_one_is_trained_first_and_stays_beside_the_policy(
+    tasked: House, rows: str
+) -> None:
+    text = RL_DATA.format(rows) + "algorithm: grpo\nmax_new_tokens: 8\nmax_steps: 2\n"
+    job, folder, _ = configured(tasked, text)
     assert {"reward/mean", "kl_divergence", "episode_length"} <= job["named"]
     AutoModelForCausalLM.from_pretrained(folder)
+    beside = f"{job['output_dir']}/reward_model"
+    assert AutoModelForSequenceClassification.from_pretrained(tasked.workspace / beside)
+    text += f"reward_model: {beside}\n"
+    configured(tasked, text)
+
+
+def test_a_reward_model_is_wanted_where_rows_compare_nothing(tasked: House) -> None:
+    text = RL_DATA.format("sft_dataset") + "algorithm: grpo\n"
+    headers = {"Content-Type": "application/yaml"}
+    with tasked.client as client:
+        reply = client.post("/train/config", content=text.encode(), headers=headers)
+    assert reply.status_code == 422
+    assert "name rewards (or a reward_model)" in reply.text
 
 
 def test_pretraining_packs_to_the_context_and_makes_one_smaller_step(tasked: House) -> None:

@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from task_files import LORA, SFT
+from task_files import LORA, RL, SFT
 from tunesmith.errors import ValidationError
 from tunesmith.spec import yaml_guard
 from tunesmith.spec.places import at
-from tunesmith.spec.rewards import ExactMatch
+from tunesmith.spec.rewards import ExactMatch, RewardModel, TrainedModel
 from tunesmith.spec.tasks.keys import KEYS
 from tunesmith.spec.tasks.metrics import contract_metrics
 from tunesmith.spec.tasks.overrides import overridden
 from tunesmith.spec.tasks.table import table, table_defaults
 from tunesmith.spec.tasks.tasks import TASKS
-from tunesmith.spec.train import Grpo, Kto, Lora, Preference, Reward, Sft
+from tunesmith.spec.train import Grpo, Kto, Lora, Ppo, Preference, Reward, Sft
 from tunesmith.spec.written import interpret, parse
 
 ROWS = "model_name: m\ndataset: d\n"
@@ -226,6 +226,17 @@ def test_reinforcement_is_asked_for_in_the_contracts_words() -> None:
     assert "'line', 5, 'rewards'" in fault
     [fault] = faults(f"{RL_ROWS}kl_target: 0.1\n")
     assert "means nothing to this algorithm; it is for grpo, rloo and ppo" in fault
+
+
+def test_the_contracts_rl_file_is_rewarded_by_its_model_or_by_none_yet() -> None:
+    found = parse(RL)
+    assert isinstance(found.spec, Ppo)
+    assert found.spec.rewards == (RewardModel(model="qwen-7b-rm"),)
+    assert found.name("rewards") == "reward_model"
+    without = parse("".join(one for one in RL.splitlines(True) if "reward_model" not in one)).spec
+    assert without.rewards == (TrainedModel(),)  # type: ignore[union-attr]
+    assert "'line', 9" in faults(RL + "rewards: exact_match")[0]
+    assert "name of a reward model" in faults(RL.replace("qwen-7b-rm", "[1]"))[0]
 
 
 def test_a_twentieth_is_held_out_unless_an_eval_dataset_is_given() -> None:

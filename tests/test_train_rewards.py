@@ -46,7 +46,7 @@ def rewarded(place: Place, folder: str) -> Inputs:
 def opened(inputs: Inputs, budget: int = 4096, said: list[str] | None = None):
     plan = Plan(threads=1, micro_batch_tokens=budget)
     warned = [] if said is None else said
-    bench = Bench(inputs, plan, "prompts", lambda code, _: warned.append(code))
+    bench = Bench(inputs.reward_models, plan, "prompts", lambda code, _: warned.append(code))
     return open_rewarders([RewardModel(model="rm")], bench)
 
 

@@ -31,7 +31,7 @@ TEMPLATE = (
 )
 
 
-def make_model(folder: Path, seed: int = 7, layers: int = 2) -> Path:
+def make_model(folder: Path, seed: int = 7, layers: int = 2, context: int = 256) -> Path:
     """A Llama of some ten thousand weights, with a tokenizer trained here and a chat template."""
     folder.mkdir(parents=True)
     _tokenizer().save_pretrained(folder)
@@ -43,7 +43,7 @@ def make_model(folder: Path, seed: int = 7, layers: int = 2) -> Path:
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=context,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=1,

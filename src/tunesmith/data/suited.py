@@ -44,6 +44,19 @@ _ADVICE: Mapping[Format, str] = {
 }
 
 
+def refuse_unpaired(format: str, name: str, param: str | None = None) -> None:
+    """Raises ValidationError where no reward model can be trained on files of the format."""
+    if format in PAIRED:
+        return
+    found = _SHAPES[format]  # type: ignore[index]
+    wanted = " or ".join(_SHAPES[one] for one in PAIRED)
+    raise ValidationError(
+        f"{name} holds rows like {found}, from which no reward model can be trained first; name "
+        f"rewards (or a reward_model), or give rows like {wanted}",
+        param=param,
+    )
+
+
 def refuse_unsuited(method: str, format: str, name: str, param: str | None = None) -> None:
     """Raises ValidationError where the method cannot read files of the format."""
     known = READ[method]

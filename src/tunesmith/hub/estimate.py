@@ -9,7 +9,16 @@ from typing import Literal
 from tunesmith.hub import needs
 from tunesmith.hub.folder import ModelFolder
 from tunesmith.spec.estimate import Estimate, Measure
-from tunesmith.spec.train import Kto, Preference, Pretrain, Reinforcing, Sweepable, TrainSpec
+from tunesmith.spec.rewards import ExactMatch
+from tunesmith.spec.train import (
+    Kto,
+    Preference,
+    Pretrain,
+    Reinforcing,
+    Sweepable,
+    TrainSpec,
+    reward_training,
+)
 
 GUESSED_FLOPS = {False: 40e9, True: 50e12}
 """Useful ones in a second, of a CPU and of a GPU, before any job has run here."""
@@ -42,6 +51,14 @@ def foretell(
         alone = spec.configurations().values()
         each = [foretell(one, model, measure, history, is_gpu) for one in alone]
         return _together(spec, model, each, is_gpu)
+    first = reward_training(spec)
+    if first is not None:
+        before = foretell(first, model, measure, history, is_gpu)
+        taught = spec.model_copy(update={"rewards": (ExactMatch(),)})
+        after = foretell(taught, model, measure, history, is_gpu)
+        both = _together(spec, model, [after, before], is_gpu)
+        peak = needs.of(spec, model, is_gpu, rewarding).memory_bytes
+        return both.model_copy(update={"peak_memory_bytes": peak})
     samples, tokens, labels = _epoch(spec, measure)
     steps = _steps(spec, samples)
     share = min(steps * _samples_a_step(spec) / max(1, samples), spec.optim.epochs)

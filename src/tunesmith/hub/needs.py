@@ -4,7 +4,16 @@ from collections.abc import Sequence
 
 from tunesmith.hub.folder import Matrix, ModelFolder
 from tunesmith.spec.records import Needs
-from tunesmith.spec.train import Lora, Pretrain, Reinforcing, Reward, Sweepable, TrainSpec
+from tunesmith.spec.train import (
+    Lora,
+    Pretrain,
+    Reinforcing,
+    Reward,
+    Run,
+    Sweepable,
+    TrainSpec,
+    reward_training,
+)
 
 PROCESS_BYTES = 400 << 20
 """A trainer with torch and transformers imported, much of it shared with its fork's parent."""
@@ -21,10 +30,14 @@ def of(
     rewarding: Sequence[ModelFolder] = (),
 ) -> Needs:
     """Weights, gradients and optimizer state in fp32, activations of one micro-batch, logits; the
-    weights of models that reward, too."""
+    weights of models that reward, too, and of a reward model's own training, where that is more."""
     weights = 4 * parameters(spec, model) + 12 * trained(spec, model) + _reference(spec, model)
     weights += sum(4 * (one.parameters + one.adapter_parameters) for one in rewarding)
     each = PROCESS_BYTES + weights + _activations(spec, model)
+    first = reward_training(spec)
+    if first is not None:
+        alone = of(first.model_copy(update={"run": Run()}), model).memory_bytes
+        each = max(alone, each + 4 * parameters(first, model))
     return Needs(
         gpus=spec.run.devices if has_gpu else 0,
         memory_bytes=min(each * (1 if has_gpu else spec.run.devices), MAX_BYTES),
@@ -39,12 +52,18 @@ def _reference(spec: TrainSpec, model: ModelFolder) -> int:
 def disk_bytes(spec: TrainSpec, model: ModelFolder) -> int:
     """Checkpoints that are kept, one being written, and the artifact."""
     kept = (spec.run.keep_checkpoints + 1) * checkpoint_bytes(spec, model)
-    return kept + 4 * trained(spec, model) + (16 << 20)
+    return kept + 4 * trained(spec, model) + _taught(spec, model) + (16 << 20)
+
+
+def _taught(spec: TrainSpec, model: ModelFolder) -> int:
+    """The weights of a reward model that was trained first."""
+    first = reward_training(spec)
+    return 0 if first is None else 4 * trained(first, model)
 
 
 def checkpoint_bytes(spec: TrainSpec, model: ModelFolder) -> int:
     """Weights in training, and the two moments that the optimizer keeps of each, in fp32."""
-    return 12 * trained(spec, model)
+    return 12 * trained(spec, model) + _taught(spec, model)
 
 
 def trained(spec: TrainSpec, model: ModelFolder) -> int:

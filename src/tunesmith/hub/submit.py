@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection
 
 from tunesmith.data import alike
 from tunesmith.data.reading import Reading
-from tunesmith.data.suited import READ, refuse_unsuited
+from tunesmith.data.suited import READ, refuse_unpaired, refuse_unsuited
 from tunesmith.data.twins import Twins
 from tunesmith.errors import (
     BadRequestError,
@@ -31,7 +31,7 @@ from tunesmith.manifest import BrokenManifest, verify
 from tunesmith.spec.estimate import Estimate
 from tunesmith.spec.hands import Capacity
 from tunesmith.spec.records import Job, Needs, NewJob, Source
-from tunesmith.spec.train import Pretrain, TrainSpec, reward_models
+from tunesmith.spec.train import Pretrain, TrainSpec, reward_models, reward_training
 from tunesmith.store import idempotency, jobs, reservations
 from tunesmith.store.files import confine
 
@@ -190,7 +190,10 @@ def _refuse_unsuited(part: Pinned, asked: Request, field: str) -> None:
     name = asked.name(field)
     if part.format == "prompts" and "openai" in READ[asked.spec.method]:
         refuse_unanswered(part, name, Reading.of(asked.spec))
-    refuse_unsuited(asked.spec.method, part.format, f"{name}: {part.source.name!r}", name)
+    told = f"{name}: {part.source.name!r}"
+    refuse_unsuited(asked.spec.method, part.format, told, name)
+    if reward_training(asked.spec) is not None:
+        refuse_unpaired(part.format, told, name)
 
 
 def _overlap(

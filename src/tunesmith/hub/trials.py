@@ -7,6 +7,7 @@ from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import select
 from sqlalchemy.engine import Connection
 
+from tunesmith.spec.rewards import REWARD_MODEL
 from tunesmith.spec.sweep import ADAPTERS, TABLE, SweepTable, TrialName
 from tunesmith.store import tables
 
@@ -49,9 +50,11 @@ def place_of(artifact: str, name: str) -> Path | None:
 
 
 def is_made_here(tx: Connection, path: Path) -> bool:
-    """Whether the folder is the output of a job of this server, or an adapter inside of one."""
+    """Whether the folder is the output of a job of this server, or a model inside of one."""
     places = [str(path)]
     if path.parent.name == ADAPTERS:
         places.append(str(path.parent.parent))
+    if path.name == REWARD_MODEL:
+        places.append(str(path.parent))
     query = select(tables.jobs.c.id).where(tables.jobs.c.artifact.in_(places)).limit(1)
     return tx.scalar(query) is not None

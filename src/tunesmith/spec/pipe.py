@@ -119,7 +119,7 @@ class Step(Strict):
     """What the method tells of this step beside: rewards, margins, …"""
     trial: TrialName | None = None
     """Of a sweep: whose step it was. `step` and `total_steps` then count those of all trials, and
-    all else is of this trial."""
+    all else is of this trial. So it is with a reward model that a job trains first."""
     trial_step: int | None = Field(None, ge=0)
 
 

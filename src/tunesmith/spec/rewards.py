@@ -6,6 +6,9 @@ from pydantic import Field
 
 from tunesmith.spec.strict import Name, Strict
 
+REWARD_MODEL = "reward_model"
+"""In an artifact: the folder of the reward model that was trained first."""
+
 
 class Weighed(Strict):
     weight: float = Field(1.0, ge=-1000, le=1000)
@@ -26,7 +29,17 @@ class RewardModel(Weighed):
     """One made with `method: reward`, or any that gives one number for a sequence."""
 
 
-RewardSource = Annotated[ExactMatch | RewardModel, Field(discriminator="kind")]
+class TrainedModel(Weighed):
+    """The score of a reward model that the job trains first, on what its own rows compare."""
+
+    kind: Literal["trained"] = "trained"
+    learning_rate: float = Field(1e-4, gt=0, le=10)
+    epochs: float = Field(1, gt=0, le=10_000)
+    batch_size: int = Field(4, ge=1, le=65_536)
+    center: float = Field(0.0, ge=0, le=1000)
+
+
+RewardSource = Annotated[ExactMatch | RewardModel | TrainedModel, Field(discriminator="kind")]
 
 
 def models_in(sources: tuple[RewardSource, ...]) -> tuple[str, ...]:

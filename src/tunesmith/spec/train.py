@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from tunesmith.spec.rewards import RewardSource, models_in
+from tunesmith.spec.rewards import RewardSource, TrainedModel, models_in
 from tunesmith.spec.strict import Name, Strict
 from tunesmith.spec.sweep import LORA_SETTINGS, Sweep, TrialName
 
@@ -408,8 +408,11 @@ class Reinforcing(Tuning):
     usual_beta: ClassVar[float] = 0.05
     num_generations: int = Field(1, ge=1, le=1024)
     """Completions of each prompt."""
-    rewards: Annotated[tuple[RewardSource, ...], Field(min_length=1, max_length=16)]
-    """Their weighed sum is what is to grow."""
+    rewards: Annotated[tuple[RewardSource, ...], Field(min_length=1, max_length=16)] = (
+        TrainedModel(),
+    )
+    """Their weighed sum is what is to grow. Where none is given, a reward model is trained first,
+    from the rows' chosen and rejected answers, or from their scores."""
     rollout_batch_size: int = Field(8, ge=1, le=65_536)
     """Prompts of a round, on each device."""
     update_epochs: int = Field(1, ge=1, le=1000)
@@ -448,6 +451,8 @@ class Reinforcing(Tuning):
                 f"max_length {self.max_length} holds prompt and completion: it has to be above "
                 f"max_completion_length {self.max_completion_length}"
             )
+        if sum(isinstance(source, TrainedModel) for source in self.rewards) > 1:
+            raise ValueError("one reward model is trained first: name `trained` once")
         if self.kl_target is not None and self.beta == 0:
             raise ValueError("kl_target adapts beta, which then has to start above 0")
         return self
@@ -511,6 +516,22 @@ class Ppo(Reinforcing):
 
 AnySpec = Sft | Pretrain | Preference | Kto | Orpo | Cpo | Simpo | Reward | Grpo | Rloo | Ppo
 TrainSpec = Annotated[AnySpec, Field(discriminator="method")]
+
+
+def reward_training(spec: AnySpec) -> Reward | None:
+    """What the job trains first: a reward model that begins as the policy does, on its rows."""
+    if not isinstance(spec, Reinforcing):
+        return None
+    source = next((one for one in spec.rewards if isinstance(one, TrainedModel)), None)
+    if source is None:
+        return None
+    alike = {name: getattr(spec, name) for name in Tuning.model_fields if name != "optim"}
+    pace = source.model_dump(include={"learning_rate", "epochs", "batch_size"})
+    return Reward(
+        **alike | {"run": spec.run.model_copy(update={"best": None, "compare_rows": 0})},
+        optim=RewardOptim(**pace, seed=spec.optim.seed),
+        center=source.center,
+    )
 
 
 def reward_models(spec: AnySpec) -> tuple[str, ...]:

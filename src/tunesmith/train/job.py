@@ -24,6 +24,7 @@ from tunesmith.spec.pipe import (
     Stopped,
     TrainerTask,
 )
+from tunesmith.spec.rewards import RewardSource, TrainedModel
 from tunesmith.spec.train import Kto, Lora, Pretrain, Reinforcing, Reward, Sft
 from tunesmith.train import artifact, checkpoint, plan, randomness, space
 from tunesmith.train.answers import CACHE_TOKENS, Exam, draw_questions
@@ -43,7 +44,7 @@ from tunesmith.train.probe import probe
 from tunesmith.train.process import Asks
 from tunesmith.train.report import Report
 from tunesmith.train.rewarding import Rewarder
-from tunesmith.train.rewards import Bench, open_rewarders
+from tunesmith.train.rewards import TRAINED, Bench, open_rewarders
 from tunesmith.train.rollout import Rollouts, Wish
 from tunesmith.train.sets import open_sets
 from tunesmith.train.source import RowSource, read_row
@@ -80,6 +81,8 @@ class Job:
         self._report, self._asks = report, asks
         self._told_at = time.monotonic()
         self._comparison: dict[str, float] = {}
+        self._taught: Path | None = None
+        """The reward model that was trained first."""
         self._lora: Lora | None = None if isinstance(task.spec, Pretrain) else task.spec.lora
 
     def run(self) -> None:
@@ -255,8 +258,17 @@ class Job:
     def _rewarder(self, opened: Opened) -> Rewarder | None:
         if not isinstance(self._spec, Reinforcing):
             return None
-        bench = Bench(self._task.inputs, self._plan, opened.rows.format, self._notice)
-        return open_rewarders(self._spec.rewards, bench)
+        folders = dict(self._task.inputs.reward_models)
+        if self._taught is not None:
+            folders[TRAINED] = str(self._taught)
+        bench = Bench(folders, self._plan, opened.rows.format, self._notice)
+        return open_rewarders([one for one in self._spec.rewards if self._is_there(one)], bench)
+
+    def _is_there(self, source: RewardSource) -> bool:
+        """But for what is yet to be trained, which a probe does without."""
+        is_missing = isinstance(source, TrainedModel) and self._taught is None
+        assert not is_missing or self._task.is_probe, "a reward model is trained first"
+        return not is_missing
 
     def _tell_measured(self, done: int, steps: int) -> None:
         message = f"measured what the model says before it is trained: {done} of {steps} steps"
@@ -332,7 +344,7 @@ class Job:
                 baseline=[] if compared is None else compared.before,
                 kept={**method.kept, **(evaluation.kept if evaluation is not None else {})},
                 shelf=self._shelf(),
-                save_model=lambda folder: save_model(opened, folder),
+                save_model=lambda folder: self._save_model(opened, folder),
                 send=self._report.send,
                 asks=self._asks,
                 group=self._group,
@@ -399,7 +411,7 @@ class Job:
         if not loop.is_total_exact:
             self._tell_omissions(method)
         record = self._record(opened, loop, method)
-        path, digest = self._write_artifact(lambda folder: save_model(opened, folder), record)
+        path, digest = self._write_artifact(lambda folder: self._save_model(opened, folder), record)
         self._report.send(
             Finished(
                 step=loop.counts.step,
@@ -427,6 +439,9 @@ class Job:
                 if is_last_try or not self._shelf().thin(1):
                     raise space.full(attempt, self._wanted) from error
         raise AssertionError
+
+    def _save_model(self, opened: Opened, folder: Path) -> None:
+        save_model(opened, folder)
 
     def _shelf(self) -> Shelf:
         return Shelf(Path(self._task.attempt_dir), self._spec.run.keep_checkpoints)

@@ -20,3 +20,8 @@ def name_base(folder: Path, named: Mapping[str, str]) -> None:
     if published is not None:
         config[_BASE] = published
         place.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def place_base(folder: Path, named: Mapping[str, str]) -> None:
+    """The way back: the path here, instead of a published name."""
+    name_base(folder, {published: path for path, published in named.items()})

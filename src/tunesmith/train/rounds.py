@@ -201,6 +201,17 @@ class Rounds:
         return told
 
 
+def steps_of(spec: Reinforcing, prompts: float, a_round: int, completions_a_step: int) -> int:
+    """That so many prompts come to."""
+
+    def updates(prompts: float) -> int:
+        """Of one pass over a round of so many prompts."""
+        return math.ceil(round(prompts, 6) * spec.num_generations / completions_a_step)
+
+    rounds, rest = divmod(prompts, a_round)
+    return max(1, (int(rounds) * updates(a_round) + updates(rest)) * spec.update_epochs)
+
+
 class Beside(Protocol):
     """What is trained beside the model."""
 
@@ -285,15 +296,8 @@ class RoundFeed:
 
     @property
     def steps_an_epoch(self) -> int:
-        spec = self.rounds.spec
-        rounds, rest = divmod(self.prompts.samples_an_epoch, self.prompts.samples_a_step)
-        steps = int(rounds) * self._updates(self.prompts.samples_a_step) + self._updates(rest)
-        return max(1, steps * spec.update_epochs)
-
-    def _updates(self, prompts: float) -> int:
-        """Of one pass over a round of so many prompts."""
-        completions = round(prompts, 6) * self.rounds.spec.num_generations
-        return math.ceil(completions / self.completions_a_step)
+        prompts, a_round = self.prompts.samples_an_epoch, self.prompts.samples_a_step
+        return steps_of(self.rounds.spec, prompts, a_round, self.completions_a_step)
 
     def state(self) -> dict[str, Any]:
         return {

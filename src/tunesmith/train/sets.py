@@ -6,10 +6,10 @@ from pathlib import Path
 from tunesmith.data.holdout import Rows, hold_out
 from tunesmith.data.reading import Reading
 from tunesmith.data.rows import RowFault, RowIndex
-from tunesmith.data.suited import refuse_unsuited
+from tunesmith.data.suited import refuse_unpaired, refuse_unsuited
 from tunesmith.errors import FailureClass, JobFailure, ValidationError
 from tunesmith.spec.pipe import Inputs
-from tunesmith.spec.train import AnySpec
+from tunesmith.spec.train import AnySpec, reward_training
 
 
 def open_sets(inputs: Inputs, spec: AnySpec, files: ExitStack) -> tuple[Rows, Rows | None]:
@@ -35,6 +35,8 @@ def open_rows(path: str, spec: AnySpec) -> RowIndex:
         raise JobFailure(FailureClass.DATA_ERROR, f"{Path(path).name} holds no row")
     try:
         refuse_unsuited(spec.method, rows.format, Path(path).name)
+        if reward_training(spec) is not None:
+            refuse_unpaired(rows.format, Path(path).name)
     except ValidationError as error:
         raise JobFailure(FailureClass.DATA_ERROR, error.message) from error
     return rows

@@ -19,7 +19,7 @@ from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.nn.language import Model, open_beside
 from tunesmith.spec.pipe import Finished, Notice, Started, Stopped, TrainerTask
 from tunesmith.spec.sweep import TABLE, SweepTable
-from tunesmith.spec.train import Sft, Sweepable
+from tunesmith.spec.train import Sft, Sweepable, reward_training
 from tunesmith.train import space
 from tunesmith.train.artifact import RECORD
 from tunesmith.train.batches import Interrupted
@@ -32,13 +32,18 @@ from tunesmith.train.parallel import Group
 from tunesmith.train.process import Asks
 from tunesmith.train.report import Report
 from tunesmith.train.source import RowSource
+from tunesmith.train.taught import TaughtJob
 from tunesmith.train.trial import Configuration, Trial, TrialJob, Voice
 
 
 def job_for(task: TrainerTask, report: Report, asks: Asks, group: Group = Group()) -> Job:
-    """What carries the task out: one training, or several."""
+    """What carries the task out: one training, or several, side by side or one for the other."""
     found = configurations(task)
-    return SweepJob(task, report, asks, found) if found else Job(task, report, asks, group)
+    if found:
+        return SweepJob(task, report, asks, found)
+    if reward_training(task.spec) is not None:
+        return TaughtJob(task, report, asks, group)
+    return Job(task, report, asks, group)
 
 
 def configurations(task: TrainerTask) -> list[Configuration]:

@@ -337,6 +337,14 @@ KEYS: tuple[Key, ...] = (
         "reward reward_funcs",
         read=readings.rewards,
     ),
+    _key(
+        "reward_model",
+        "rewards",
+        "a reward model, or the URL of a reward service, as the one reward",
+        "reward_model_path reward_model_name_or_path",
+        read=readings.reward_model,
+        is_shorthand=True,
+    ),
     _key("num_generations", "num_generations", "completions of a prompt", "group_size"),
     _key("rollout_batch_size", "rollout_batch_size", "prompts of a round, on each device"),
     _key(

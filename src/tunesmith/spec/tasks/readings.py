@@ -75,6 +75,15 @@ def only(right: str, advice: str) -> Reading:
     return read
 
 
+def reward_model(value: Any) -> Any:
+    """A model's name, or the address of a service."""
+    if not isinstance(value, str):
+        raise ValueError("has to be the name of a reward model, or the URL of a reward service")
+    if value.lower().startswith(("http://", "https://")):
+        return [{"kind": "url", "url": value}]
+    return [{"kind": "model", "model": value}]
+
+
 def rewards(value: Any) -> Any:
     """One source or a list of them, each a mapping with its `kind`, or the kind alone."""
     listed = value if isinstance(value, list) else [value]

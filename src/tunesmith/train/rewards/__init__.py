@@ -1,20 +1,25 @@
 """What rewards completions, one file a kind of source."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tunesmith.spec.pipe import Inputs, Plan
-from tunesmith.spec.rewards import ExactMatch, RewardModel, RewardSource
+from tunesmith.spec.pipe import Plan
+from tunesmith.spec.rewards import ExactMatch, RewardModel, RewardSource, TrainedModel
 from tunesmith.train.rewarding import Judged, Rewarder, Scorer
 from tunesmith.train.rewards.matching import ExactMatching
 from tunesmith.train.rewards.scoring import ModelScoring
+
+TRAINED = "\0trained"
+"""No name that a specification can give."""
 
 
 @dataclass(frozen=True)
 class Bench:
     """What sources are opened with."""
 
-    inputs: Inputs
+    folders: Mapping[str, str]
+    """Of reward models, by their names in the specification; of one that was trained first, by
+    `TRAINED`."""
     plan: Plan
     format: str
     """Of the rows."""
@@ -48,8 +53,13 @@ def _open(source: RewardSource, bench: Bench) -> Scorer:
         case ExactMatch():
             return ExactMatching()
         case RewardModel():
-            folder = bench.inputs.reward_models[source.model]
-            return ModelScoring(folder, bench.plan, bench.format, bench.warn)
+            return _scoring(source.model, bench)
+        case TrainedModel():
+            return _scoring(TRAINED, bench)
+
+
+def _scoring(name: str, bench: Bench) -> ModelScoring:
+    return ModelScoring(bench.folders[name], bench.plan, bench.format, bench.warn)
 
 
 def _names(kinds: Sequence[str]) -> tuple[str, ...]:
