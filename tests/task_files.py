@@ -1,6 +1,7 @@
 """The contract of the tasks: its four configurations as they stand there, rows of its shapes, and a
 folder in which the names that they name are tiny models and small files."""
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,32 @@ tokenizer: configs/tokenizer.model
 """
 
 
+PLAIN_PIECES = {"model_type": "unigram", "vocab_size": 57, "byte_fallback": False}
+"""Options of a tokenizer that does not know bytes."""
+
+
 def lay_out(folder: Path) -> None:
     """All that the configurations name, but for the reward model."""
     shutil.copytree(make_model(folder / "llama2-7b"), folder / "qwen-7b")
     make_model(folder / "qwen-7b-sft", context=2048)
+    (folder / "configs").mkdir()
+    (folder / "configs" / "tokenizer.model").write_bytes(sentencepiece_model())
     (folder / "datasets").mkdir(exist_ok=True)
     for name, rows in SAMPLES.items():
         write_rows(folder / "datasets" / f"{name}.jsonl", rows)
+
+
+def sentencepiece_model(**options: Any) -> bytes:
+    """A real one, trained here: of pairs of bytes, every byte a piece, unless told otherwise."""
+    from sentencepiece import SentencePieceTrainer
+
+    written = io.BytesIO()
+    told = {"model_type": "bpe", "vocab_size": 316, "byte_fallback": True, **options}
+    texts = [words(at, 12) for at in range(40)]
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=written, minloglevel=2, **told
+    )
+    return written.getvalue()
 
 
 def words(at: int, count: int = 3) -> str:

@@ -10,11 +10,13 @@ from starlette.testclient import TestClient
 
 from api_fixtures import LOCAL, copy_model, hub_of, make_workspace, open_door
 from house import preferences
-from task_files import LORA, SFT
+from task_files import LORA, SFT, sentencepiece_model
 from train_fixtures import write_rows
 from tunesmith.hub.principal import Principal
+from tunesmith.hub.tokenizers import renderer
 from tunesmith.spec.train import Kto, Lora, Sft
 from tunesmith.spec.yaml_guard import MAX_BYTES
+from tunesmith.store.listing import pinned
 
 YAML = {"Content-Type": "application/yaml"}
 HERE = {
@@ -118,6 +120,46 @@ def test_what_cannot_be_trained_is_refused(
     door: TestClient, text: str, status: int, told: str
 ) -> None:
     answer = send(door, text)
+    assert answer.status_code == status, answer.text
+    assert told in answer.text
+
+
+TEXT = "task_type: pretrain\nmodel_name: models/bare\ndataset: data/text.txt\nval_size: 0\n"
+
+
+def test_a_tokenizer_stands_in_for_one_that_the_model_has_not(door: TestClient) -> None:
+    place = hub_of(door).workspace
+    bare = copy_model(place, "bare")
+    (bare / "tokenizer.json").unlink()
+    (place / "data" / "text.txt").write_text("강물\n\nriver")
+    (place / "t.model").write_bytes(sentencepiece_model())
+    assert "no tokenizer.json" in send(door, TEXT).text
+    answer = send(door, TEXT + "tokenizer_path: t.model")
+    assert answer.status_code == 200, answer.text
+    job = hub_of(door).job(answer.json()["job_id"], Principal.local())
+    assert job.tokenizer is not None
+    (place / "t.model").write_bytes(b"changed")
+    assert renderer(job.tokenizer).encode_text("river")
+    assert hub_of(door).store.read(pinned) >= {job.tokenizer.sha256}
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "told"),
+    [
+        ("none.model", 404, "nothing lies at 'none.model'"),
+        ("../t.model", 400, "tokenizer_path"),
+        ("/etc/passwd", 400, "tokenizer_path"),
+        (".tunesmith", 400, "private"),
+        ("data/text.txt", 422, "it is no tokenizer; give a folder"),
+        ("wide.model", 422, "has 340 tokens, and the model has room for 320; set vocab_size in "),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_is_refused(
+    door: TestClient, name: str, status: int, told: str
+) -> None:
+    place = hub_of(door).workspace
+    (place / "wide.model").write_bytes(sentencepiece_model(vocab_size=340))
+    answer = send(door, TEXT.replace("bare", "tiny") + f"tokenizer_path: {name}")
     assert answer.status_code == status, answer.text
     assert told in answer.text
 

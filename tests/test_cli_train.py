@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from task_files import document, sentencepiece_model
 from train_fixtures import make_model, pairs, write_rows
 from tunesmith import manifest
 from tunesmith.cli import main
@@ -156,6 +157,21 @@ def test_a_model_that_was_finished_but_not_placed_is_placed(here: Path, capsys: 
     assert main(["train", "late.yaml"]) == 0
     assert (here / "outputs" / "late" / "weights").read_text() == "w"
     assert not job.work.exists()
+
+
+def test_pretraining_in_the_foreground_keeps_the_tokenizer_it_began_with(here: Path) -> None:
+    write_rows(here / "text.jsonl", [document(at) for at in range(8)])
+    Path("t.model").write_bytes(sentencepiece_model())
+    Path("글.yaml").write_text(
+        "task_type: pretrain\nmodel: 모델\ndataset: text.jsonl\ntokenizer: t.model\n", "utf-8"
+    )
+    training = Foreground.prepare(Path("글.yaml"))
+    training.work.mkdir(parents=True)
+    packed = training.packed(training.work).tokenizer
+    Path("t.model").write_bytes(b"changed")
+    assert training.packed(training.work).tokenizer == packed
+    assert main(["train", "글.yaml"]) == 0
+    assert (here / "outputs" / "글" / "tokenizer.model").read_bytes() == sentencepiece_model()
 
 
 def test_schema_and_example_need_no_file(capsys: Output) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hosts import Host
 from house import House, build, preferences
 from servers import free_port
+from task_files import document, sentencepiece_model
 from train_fixtures import write_rows
 
 QUICK = {"num_epochs": 2, "save_steps": 10}
@@ -75,6 +76,14 @@ def test_a_reward_model_and_its_base_come_to_a_host_of_its_own(house: House, hos
     policy = _output(house, house.configure(f"method: grpo\n{asked}{rewards}{size}"))
     for path in policy.rglob("*"):
         assert not path.is_file() or str(host.folder).encode() not in path.read_bytes(), path
+
+
+def test_a_tokenizer_goes_to_a_host_of_its_own_with_the_data(house: House, host: Host) -> None:
+    (house.workspace / "t.model").write_bytes(sentencepiece_model())
+    write_rows(house.workspace / "data" / "text.jsonl", [document(at) for at in range(8)])
+    text = "task_type: pretrain\nmodel: models/tiny\ndata: data/text.jsonl\ntokenizer: t.model\n"
+    output = _output(house, house.configure(text))
+    assert (output / "tokenizer.model").read_bytes() == sentencepiece_model()
 
 
 def test_the_log_of_a_host_of_its_own_is_the_jobs_log(house: House, host: Host) -> None:

@@ -12,6 +12,7 @@ import openai
 import pytest
 import torch
 from peft import PeftModel
+from sentencepiece import SentencePieceProcessor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -316,14 +317,22 @@ def test_a_reward_model_is_wanted_where_rows_compare_nothing(tasked: House) -> N
     assert "name rewards (or a reward_model)" in reply.text
 
 
-def test_pretraining_packs_to_the_context_and_makes_one_smaller_step(tasked: House) -> None:
-    """The contract's file, but for its tokenizer."""
-    line = next(line for line in task_files.PRETRAIN.splitlines() if line.startswith("tokenizer"))
-    job, folder, notices = configured(tasked, task_files.PRETRAIN.replace(line, ""))
+def test_the_contracts_pretraining_file_runs_as_it_stands(tasked: House) -> None:
+    """Packed to the context, in one smaller step; with its tokenizer, by which it is served."""
+    job, folder, notices = configured(tasked, task_files.PRETRAIN)
     assert "max_length_lowered" in notices
     assert (job["steps"], job["config"]["num_train_epochs"]) == ([1], 1)
-    AutoModelForCausalLM.from_pretrained(folder)
-    AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        one.from_pretrained(folder) for one in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    theirs = SentencePieceProcessor(model_file=str(tasked.workspace / "configs/tokenizer.model"))
+    assert tokenizer.encode("강물 river") == theirs.encode("강물 river")
+    assert model.config.eos_token_id == tokenizer.eos_token_id == theirs.eos_id()
+    asked = {"model": job["fine_tuned_model"], "prompt": "강물", "max_tokens": 4}
+    with tasked.client as client:
+        said = client.post("/v1/completions", json=asked, headers=KEY)
+    assert said.status_code == 200, said.text
+    assert said.json()["usage"]["prompt_tokens"] == len(theirs.encode("강물"))
 
 
 def test_an_ended_output_folder_is_replaced_and_a_foreign_one_is_left_alone(house: House) -> None:

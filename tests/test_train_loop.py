@@ -10,8 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
+from task_files import document, sentencepiece_model
 from train_fixtures import PLAN, Place, make_model, pairs, run_here, sft, write_rows
 from tunesmith import manifest
+from tunesmith.data.brought import pack
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import RowIndex
 from tunesmith.errors import FailureClass, JobFailure, NotFoundError
@@ -486,6 +488,27 @@ def test_plain_text_is_packed_and_learnt_from_scratch(place):
     resume = whole.of("checkpointed")[1]["path"]
     again = run_here(place.task(spec, inputs=inputs, resume_from=resume))
     assert again.losses == {n: loss for n, loss in whole.losses.items() if n > 6}
+
+
+def test_a_tokenizer_that_is_brought_along_is_gone_on_with_and_named_in_the_model(place):
+    dataset = write_rows(place.folder / "words.jsonl", [document(at) for at in range(16)])
+    packed = place.folder / "t.tokenizer"
+    (place.folder / "t.model").write_bytes(sentencepiece_model())
+    packed.write_bytes(pack(place.folder / "t.model", "t.model"))
+    inputs = Inputs(model=str(place.model), dataset=str(dataset), tokenizer=str(packed))
+    run = Run(save_steps=2, keep_checkpoints=9, save_seconds=3600)
+    spec = Pretrain(model="m", dataset="d", sequence_length=32, run=run, tokenizer="t.model")
+    whole = run_here(place.task(spec, inputs=inputs))
+    resume = whole.of("checkpointed")[0]["path"]
+    again = run_here(place.task(spec, inputs=inputs, resume_from=resume))
+    assert again.losses == {n: loss for n, loss in whole.losses.items() if n > 2}
+    config = AutoModelForCausalLM.from_pretrained(whole.last["artifact"]).config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, None)
+    (place.folder / "t.model").write_bytes(sentencepiece_model(vocab_size=340))
+    packed.write_bytes(pack(place.folder / "t.model", "t.model"))
+    assert "340 tokens, and the model has room for 320" in str(
+        failure(place.task(spec, inputs=inputs))
+    )
 
 
 def test_pretraining_refuses_rows_that_are_no_text(place):

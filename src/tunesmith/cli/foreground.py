@@ -50,10 +50,11 @@ from tunesmith.spec.pipe import (
     TrainerEvent,
     TrainerTask,
 )
-from tunesmith.spec.train import AnySpec, reward_models
+from tunesmith.spec.train import AnySpec, Pretrain, reward_models
 
 _EVENT: TypeAdapter[TrainerEvent] = TypeAdapter(TrainerEvent)
 _LOG_TAIL_BYTES = 4000
+_TOKENIZER = "packed.tokenizer"
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Foreground:
             dataset=_found(name("dataset"), spec.dataset),
             eval_dataset=spec.eval_dataset and _found(name("eval_dataset"), spec.eval_dataset),
             reward_models={one: _found(name("rewards"), one) for one in reward_models(spec)},
+            tokenizer=_tokenizer(spec, name("tokenizer")),
         )
         target = out or Path(asked.output_dir or f"outputs/{path.stem}")
         full = target.expanduser().absolute()
@@ -91,6 +93,19 @@ class Foreground:
     @property
     def work(self) -> Path:
         return self.out.parent / f".{self.out.name}.train"
+
+    def packed(self, folder: Path) -> Inputs:
+        """As a trainer takes them. A tokenizer that is brought along is packed into the folder; one
+        that lies there already stays. Raises ValidationError."""
+        if self.inputs.tokenizer is None:
+            return self.inputs
+        place = folder / _TOKENIZER
+        if not place.exists():
+            from tunesmith.data.brought import pack
+
+            source = Path(self.inputs.tokenizer)
+            manifest.write_durably(place, pack(source, source.name, follows_links=True))
+        return self.inputs.model_copy(update={"tokenizer": str(place)})
 
     @property
     def log(self) -> Path:
@@ -145,6 +160,7 @@ class Foreground:
         note, identity = self.work / "task.json", self._identity()
         if self.is_fresh:
             shutil.rmtree(self.work / "attempts", ignore_errors=True)
+            (self.work / _TOKENIZER).unlink(missing_ok=True)
             (self.work / "plan.json").unlink(missing_ok=True)
         elif note.exists() and _json(note) != identity and listed(self.work / "attempts"):
             raise CommandError(
@@ -186,7 +202,7 @@ class Foreground:
             job_id=hashlib.sha256(os.fsencode(self.out)).hexdigest()[:8],
             fence=fence,
             spec=self.spec,
-            inputs=self.inputs,
+            inputs=self.packed(self.work),
             attempt_dir=str(folder),
             resume_from=None if resume_from is None else str(resume_from),
             plan=self._kept_plan(),
@@ -356,6 +372,13 @@ def _found(name: str, text: str) -> str:
         "paths in a spec file are relative to the folder you are in",
         NOT_FOUND,
     )
+
+
+def _tokenizer(spec: AnySpec, name: str) -> str | None:
+    """Where the one lies that the training brings along. Raises CommandError."""
+    if not isinstance(spec, Pretrain) or spec.tokenizer is None:
+        return None
+    return _found(name, spec.tokenizer)
 
 
 def _refuse_twins(spec: AnySpec, inputs: Inputs, name: Callable[[str], str]) -> None:

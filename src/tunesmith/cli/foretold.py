@@ -9,6 +9,8 @@ from tunesmith.cli.text import bytes_text, duration_text
 
 if TYPE_CHECKING:
     from tunesmith.cli.foreground import Foreground
+    from tunesmith.data.render import Renderer
+    from tunesmith.hub.folder import ModelFolder
     from tunesmith.spec.estimate import Estimate
     from tunesmith.spec.pipe import Probed
 
@@ -64,7 +66,6 @@ def show_probe(told: dict[str, Any]) -> None:
 def _foretold(training: "Foreground") -> "Estimate":
     from tunesmith.data.measure import measure
     from tunesmith.data.reading import Reading
-    from tunesmith.data.render import Renderer
     from tunesmith.data.rows import RowIndex
     from tunesmith.hub.checks import cut_of
     from tunesmith.hub.estimate import foretell
@@ -72,10 +73,20 @@ def _foretold(training: "Foreground") -> "Estimate":
 
     spec, folder = training.spec, read(Path(training.inputs.model))
     with RowIndex.open(training.inputs.dataset, Reading.of(spec)) as index:
-        renderer = Renderer.load(folder.tokenizer_place).with_fallback(index.format)
+        renderer = _renderer(training, folder, index.format)
         found = measure(index, renderer, cut_of(spec, folder))
     rewarding = [read(Path(one)) for one in training.inputs.reward_models.values()]
     return foretell(spec, folder, found, (), is_gpu=False, rewarding=rewarding)
+
+
+def _renderer(training: "Foreground", folder: "ModelFolder", format: str) -> "Renderer":
+    from tunesmith.data import brought
+    from tunesmith.data.render import Renderer
+
+    own = training.inputs.tokenizer
+    if own is not None:
+        return brought.load(Path(own), own)
+    return Renderer.load(folder.tokenizer_place).with_fallback(format)
 
 
 def _probed(training: "Foreground") -> "Probed":
@@ -89,7 +100,7 @@ def _probed(training: "Foreground") -> "Probed":
             job_id="00000000",
             fence=1,
             spec=training.spec,
-            inputs=training.inputs,
+            inputs=training.packed(Path(folder)),
             attempt_dir=str(Path(folder) / "attempt"),
             is_probe=True,
         )

@@ -56,6 +56,7 @@ class Renderer:
         self.tokenizer: Tokenizer = files.tokenizer
         self.bos_token_id = self._vocabulary.bos_id
         self.eos_token_id = self._vocabulary.eos_id
+        self.pad_token_id = self._vocabulary.id_of(files.specials.get("pad_token"))
 
     @classmethod
     def load(cls, folder: Path | str, *, now: Callable[[], datetime] = datetime.now) -> "Renderer":
@@ -76,9 +77,10 @@ class Renderer:
         """`model`; `alpaca`, `chatml` or `plain` for one of ours."""
         return fallbacks.source_of(self.template or "")
 
-    @property
+    @cached_property
     def vocabulary_size(self) -> int:
-        return self.tokenizer.get_vocab_size()
+        """Rows that a model's embedding has to have: ids may have gaps."""
+        return max(self.tokenizer.get_vocab().values(), default=-1) + 1
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import inspect, select
 from sqlalchemy.engine import Connection
 
 from tunesmith import VERSION, manifest
@@ -22,7 +22,7 @@ from tunesmith.errors import ConflictError, ServerError
 from tunesmith.settings import Settings
 from tunesmith.store import dump, migrate
 from tunesmith.store.space import told_as_no_space
-from tunesmith.store.tables import checkpoints, is_unfinished, jobs, uploads
+from tunesmith.store.tables import PINNED, checkpoints, is_unfinished, jobs, uploads
 
 KIND = "backup"
 FILES = "files"
@@ -138,7 +138,8 @@ def _copy(settings: Settings, made: Made, with_models: bool, tell: Callable[[str
 def _named(rows: Connection, settings: Settings, with_models: bool) -> Named:
     workspace = settings.workspace.resolve()
     files = {settings.home / "blobs" / sha256 for sha256 in rows.scalars(select(uploads.c.sha256))}
-    sources = select(jobs.c.dataset, jobs.c.eval_dataset).where(is_unfinished())
+    there = {column["name"] for column in inspect(rows).get_columns(jobs.name)}  # of its schema
+    sources = select(*(one for one in PINNED if one.name in there)).where(is_unfinished())
     for source in (source for row in rows.execute(sources) for source in row):
         if source is not None:
             files.add(Path(source["path"]))

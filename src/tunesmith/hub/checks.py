@@ -16,13 +16,13 @@ from tunesmith.data.render import TrainOn
 from tunesmith.data.rows import RowIndex, Rows
 from tunesmith.data.twins import Twins
 from tunesmith.errors import FailureClass, TuningAPIError
-from tunesmith.hub import overlaps
+from tunesmith.hub import overlaps, tokenizers
 from tunesmith.hub.data import Pinned
 from tunesmith.hub.downloads import Downloads
 from tunesmith.hub.estimate import foretell
 from tunesmith.hub.folder import ModelFolder, read
 from tunesmith.spec.estimate import Measure
-from tunesmith.spec.records import Job
+from tunesmith.spec.records import Job, Source
 from tunesmith.spec.train import Reinforcing, Sft, TrainSpec, Tuning
 from tunesmith.store import catalog, jobs
 from tunesmith.store.tables import UNCHECKED
@@ -154,9 +154,17 @@ def _overlap_failure(spec: TrainSpec, shared: Twins) -> str | None:
     return alike.refusal("overlap", shared)
 
 
-def measured(hub: "Hub", spec: TrainSpec, folder: ModelFolder, part: Pinned) -> Measure:
+def measured(
+    hub: "Hub",
+    spec: TrainSpec,
+    folder: ModelFolder,
+    part: Pinned,
+    tokenizer: Source | None = None,
+) -> Measure:
     """How long the rows are. Kept, since a large file takes a while to open."""
-    renderer, reading = hub.renderer(folder, part.format), Reading.of(spec)
+    reading = Reading.of(spec)
+    own = None if tokenizer is None else tokenizers.renderer(tokenizer)
+    renderer = own or hub.renderer(folder, part.format)
     sha256 = part.source.sha256
     place = f"documents:{sha256}:{renderer.digest}{reading.key}"
     if isinstance(spec, Tuning):

@@ -256,6 +256,7 @@ def _inputs(job: Job) -> Inputs:
         dataset=job.dataset.path,
         eval_dataset=None if job.eval_dataset is None else job.eval_dataset.path,
         reward_models={one.name: one.path for one in job.reward_models},
+        tokenizer=None if job.tokenizer is None else job.tokenizer.path,
     )
 
 

@@ -36,13 +36,14 @@ def listing(hub: "Hub", job: Job) -> InputListing:
         dataset=_data(hub, job.dataset),
         eval_dataset=None if job.eval_dataset is None else _data(hub, job.eval_dataset),
         reward_models={one.name: _model(hub, one) for one in job.reward_models},
+        tokenizer=None if job.tokenizer is None else _data(hub, job.tokenizer),
         resume_from=None if resume is None else _folder(hub, str(resume), tree(resume)),
     )
 
 
 def find(hub: "Hub", job: Job, sha256: str) -> Path:
     """One of the files of the listing, by its bytes. Raises NotFoundError."""
-    for source in (job.dataset, job.eval_dataset):
+    for source in (job.dataset, job.eval_dataset, job.tokenizer):
         if source is not None and source.sha256 == sha256:
             return Path(source.path)
     for path in _all(job):

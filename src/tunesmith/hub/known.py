@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tunesmith.data.check import Verdict
 from tunesmith.data.reading import Reading
 from tunesmith.data.twins import Twins
-from tunesmith.hub import checks, data, overlaps
+from tunesmith.hub import checks, data, overlaps, tokenizers
 from tunesmith.hub.data import Pinned
 from tunesmith.hub.estimate import Ran
 from tunesmith.hub.folder import read
@@ -24,6 +24,7 @@ from tunesmith.hub.names import FoundModel, find_base, find_data
 from tunesmith.hub.principal import Principal
 from tunesmith.hub.trace import Trace
 from tunesmith.spec.hands import Capacity
+from tunesmith.spec.records import Source
 from tunesmith.spec.train import TrainSpec, Tuning
 from tunesmith.store import claims
 
@@ -45,7 +46,11 @@ class Look(Protocol):
 
     def pinned(self, name: str, who: Principal, field: str, reading: Reading) -> Pinned: ...
 
-    def verdict(self, spec: TrainSpec, model: FoundModel, part: Pinned) -> Verdict | None: ...
+    def tokenizer(self, name: str, field: str) -> Source: ...
+
+    def verdict(
+        self, spec: TrainSpec, model: FoundModel, part: Pinned, tokenizer: Source | None
+    ) -> Verdict | None: ...
 
     def overlap(self, training: Pinned, part: Pinned, reading: Reading) -> Twins | None:
         """Rows of `part` that are trained on as well; None where it was not looked at yet."""
@@ -102,7 +107,12 @@ class Known:
         found: Pinned = self._entry(self._data, name + reading.key).found
         return found
 
-    def verdict(self, spec: TrainSpec, model: FoundModel, part: Pinned) -> Verdict | None:
+    def tokenizer(self, name: str, field: str) -> Source:
+        raise Unknown
+
+    def verdict(
+        self, spec: TrainSpec, model: FoundModel, part: Pinned, tokenizer: Source | None
+    ) -> Verdict | None:
         entry = self._models.get(model.name)
         if not isinstance(spec, Tuning) or entry is None or entry.found is not model:
             raise Unknown
@@ -231,9 +241,14 @@ class Lookup:
         self._hub.known.keep_data(name + reading.key, trace, found, source.path)
         return found
 
-    def verdict(self, spec: TrainSpec, model: FoundModel, part: Pinned) -> Verdict | None:
+    def tokenizer(self, name: str, field: str) -> Source:
+        return tokenizers.pin(self._hub, name, field)
+
+    def verdict(
+        self, spec: TrainSpec, model: FoundModel, part: Pinned, tokenizer: Source | None
+    ) -> Verdict | None:
         if not isinstance(spec, Tuning):
-            looked = checks.measured(self._hub, spec, model.folder, part)
+            looked = checks.measured(self._hub, spec, model.folder, part, tokenizer)
             return checks.UNASKED.model_copy(update={"measure": looked})
         digest = self._hub.renderer(model.folder, part.format).digest
         assert part.source.sha256

@@ -19,7 +19,7 @@ from tunesmith.errors import (
     TuningAPIError,
     ValidationError,
 )
-from tunesmith.hub import checks, needs, output
+from tunesmith.hub import checks, needs, output, tokenizers
 from tunesmith.hub.asked import Request
 from tunesmith.hub.data import Pinned, refuse_unanswered
 from tunesmith.hub.estimate import foretell
@@ -69,11 +69,12 @@ def _estimate(hub: "Hub", asked: Request, who: Principal) -> Estimate:
             f"{name}: {model.name!r} is not here yet; the first job that wants it downloads it",
             param=name,
         )
+    tokenizer = _tokenizer(look, model, asked)
     rewarding = _rewarding(look, asked, who)
     part = look.pinned(spec.dataset, who, asked.name("dataset"), Reading.of(spec))
     _refuse_unsuited(part, asked, "dataset")
     is_gpu = _has_gpu(look.workers())
-    looked = checks.measured(hub, spec, model.folder, part)
+    looked = checks.measured(hub, spec, model.folder, part, tokenizer)
     folders = [one.folder for one in rewarding]
     return foretell(spec, model.folder, looked, look.history(), is_gpu, folders)
 
@@ -104,6 +105,7 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
     _refuse_model(model, asked)
     rewarding = _rewarding(look, asked, who)
     folders = [one.folder for one in rewarding]
+    tokenizer = _tokenizer(look, model, asked)
     reading = Reading.of(spec)
     training = look.pinned(spec.dataset, who, asked.name("dataset"), reading)
     _refuse_unsuited(training, asked, "dataset")
@@ -119,7 +121,7 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
     wanted = needs.of(spec, model.folder, _has_gpu(workers), folders)
     _refuse_unfit(wanted, workers)
     parts = [training] if evaluation is None else [training, evaluation]
-    verdicts = [look.verdict(spec, model, part) for part in parts if model.is_here]
+    verdicts = [look.verdict(spec, model, part, tokenizer) for part in parts if model.is_here]
     for verdict in verdicts:
         if verdict is not None and verdict.failure:
             raise ValidationError(verdict.failure, param=asked.name("dataset"))
@@ -131,6 +133,7 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
         dataset=training.source,
         eval_dataset=evaluation.source if evaluation else None,
         reward_models=tuple(Source(name=one.name, path=str(one.folder.path)) for one in rewarding),
+        tokenizer=tokenizer,
         output_dir=output_dir,
         needs=wanted,
         priority=asked.priority,
@@ -149,7 +152,7 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
 
 def _refuse_model(model: FoundModel, asked: Request) -> None:
     name = asked.name("model")
-    if not model.folder.has_tokenizer:
+    if not model.folder.has_tokenizer and tokenizers.of(asked.spec) is None:
         raise BadRequestError(
             f"{name}: {model.name!r} has no tokenizer.json; save the model's tokenizer beside its "
             "weights",
@@ -183,6 +186,19 @@ def _rewarding(look: Look, asked: Request, who: Principal) -> list[FoundModel]:
                 param=field,
             )
     return found
+
+
+def _tokenizer(look: Look, model: FoundModel, asked: Request) -> Source | None:
+    """That the training brings along. Raises ValidationError where the model is too small for it;
+    of one that is not here yet the trainer tells."""
+    name = tokenizers.of(asked.spec)
+    if name is None:
+        return None
+    field = asked.name("tokenizer")
+    pinned = look.tokenizer(name, field)
+    if model.is_here:
+        tokenizers.refuse_larger(pinned, asked.spec, model.folder, field)
+    return pinned
 
 
 def _refuse_unsuited(part: Pinned, asked: Request, field: str) -> None:

@@ -46,6 +46,8 @@ class Inputs(Strict):
     eval_dataset: str | None = None
     reward_models: dict[str, str] = {}
     """By the name in the specification."""
+    tokenizer: str | None = None
+    """In place of the model's own, packed: see `data.brought`."""
     named: dict[str, str] = {}
     """What the result calls a model instead of its path here, where it has another elsewhere."""
 

@@ -64,6 +64,8 @@ class NewJob(Strict):
     dataset: Source
     eval_dataset: Source | None = None
     reward_models: tuple[Source, ...] = ()
+    tokenizer: Source | None = None
+    """In place of the model's own."""
     output_dir: str | None = None
     """Absolute; None means outputs/<job id>."""
     needs: Needs = Needs()
@@ -92,6 +94,7 @@ class Job(Strict):
     dataset: Source
     eval_dataset: Source | None
     reward_models: tuple[Source, ...]
+    tokenizer: Source | None = None
     output_dir: str
     needs: Needs
     priority: int

@@ -380,6 +380,8 @@ class Pretrain(Data):
     model: Name
     """A folder with config.json and a tokenizer; weights where `from_scratch` is false."""
     dataset: Name
+    tokenizer: Name | None = None
+    """In place of the model's own: a folder, a tokenizer.json, or a SentencePiece .model."""
     clean: bool = False
     """Remove control characters; else a document that holds one is refused."""
     from_scratch: bool = True

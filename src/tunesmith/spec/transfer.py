@@ -78,6 +78,7 @@ class InputListing(Strict):
     eval_dataset: RemoteFile | None = None
     reward_models: dict[str, RemoteModel] = {}
     """By the name in the specification."""
+    tokenizer: RemoteFile | None = None
     resume_from: RemoteFolder | None = None
 
 

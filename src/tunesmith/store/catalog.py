@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection, RowMapping
 from tunesmith.errors import BadRequestError, ConflictError, NotFoundError
 from tunesmith.spec.strict import Sha256, Strict
 from tunesmith.store.rows import clean
-from tunesmith.store.tables import UNFINISHED, blobs, jobs, names, now, uploads, verdicts
+from tunesmith.store.tables import PINNED, UNFINISHED, blobs, jobs, names, now, uploads, verdicts
 
 Kind = Literal["model", "dataset"]
 MAX_NAME_LENGTH = 200
@@ -218,7 +218,7 @@ def take_orphans(tx: Connection) -> list[str]:
     named = select(uploads.c.sha256)
     orphans = set(tx.scalars(select(blobs.c.sha256).where(blobs.c.sha256.not_in(named))))
     if orphans:
-        query = select(jobs.c.dataset, jobs.c.eval_dataset).where(jobs.c.state.in_(UNFINISHED))
+        query = select(*PINNED).where(jobs.c.state.in_(UNFINISHED))
         for row in tx.execute(query):
             orphans -= {source["sha256"] for source in row if source}
         tx.execute(delete(blobs).where(blobs.c.sha256.in_(orphans)))

@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, Text, and_, cast, or_, select
 from sqlalchemy.engine import Connection
 
 from tunesmith.spec.records import Job, JobState, StopMode
-from tunesmith.store.tables import is_unfinished, jobs
+from tunesmith.store.tables import PINNED, is_unfinished, jobs
 
 
 class Line(NamedTuple):
@@ -87,9 +87,9 @@ def lines(
 
 
 def pinned(tx: Connection) -> set[str]:
-    """Digests of the data sets that unfinished jobs need."""
+    """Digests of the files that unfinished jobs need."""
     found: set[str] = set()
-    for column in (jobs.c.dataset, jobs.c.eval_dataset):
+    for column in PINNED:
         digest = column["sha256"].as_string()
         query = select(digest).distinct().where(is_unfinished(), digest.is_not(None))
         found.update(tx.scalars(query))

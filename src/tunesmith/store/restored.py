@@ -19,10 +19,7 @@ _PATHS: tuple[Column[Any], ...] = (
     engines.c.model_path,
 )
 _SOURCES: tuple[Column[Any], ...] = (
-    jobs.c.model,
-    jobs.c.dataset,
-    jobs.c.eval_dataset,
-    jobs.c.reward_models,
+    *(jobs.c.model, jobs.c.dataset, jobs.c.eval_dataset, jobs.c.reward_models, jobs.c.tokenizer),
 )
 _TELLING = ("checkpointed", "finished", "succeeded")
 """Events that name folders."""

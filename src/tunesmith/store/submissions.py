@@ -90,7 +90,7 @@ def _job(new: NewJob, row: dict[str, Any]) -> Job:
 def _row(new: NewJob, at: float, outputs_root: str | PathLike[str]) -> dict[str, Any]:
     """The columns under a new id, as the driver takes them: JSON is text."""
     job_id = f"{random.getrandbits(32):08x}"
-    evaluation = new.eval_dataset
+    evaluation, tokenizer = new.eval_dataset, new.tokenizer
     return {
         "id": job_id,
         "owner": new.owner,
@@ -99,6 +99,7 @@ def _row(new: NewJob, at: float, outputs_root: str | PathLike[str]) -> dict[str,
         "dataset": new.dataset.model_dump_json(),
         "eval_dataset": None if evaluation is None else evaluation.model_dump_json(),
         "reward_models": _all_of(new.reward_models),
+        "tokenizer": None if tokenizer is None else tokenizer.model_dump_json(),
         "output_dir": new.output_dir or f"{outputs_root}/{job_id}",
         "needs_gpus": new.needs.gpus,
         "needs_memory_bytes": new.needs.memory_bytes,
@@ -145,9 +146,9 @@ def _add_first_event(dialect: str) -> Any:
 
 
 _GIVEN = (
-    *("id", "owner", "spec", "model", "dataset", "eval_dataset", "reward_models", "output_dir"),
-    *("needs_gpus", "needs_memory_bytes", "priority", "is_validated", "request", "label"),
-    *("retry_of", "resume_from", "created_at", "not_before"),
+    *("id", "owner", "spec", "model", "dataset", "eval_dataset", "reward_models", "tokenizer"),
+    *("output_dir", "needs_gpus", "needs_memory_bytes", "priority", "is_validated", "request"),
+    *("label", "retry_of", "resume_from", "created_at", "not_before"),
 )
 _ADD = Prepared(_add)
 _ADD_FIRST_EVENT = Prepared(_add_first_event)

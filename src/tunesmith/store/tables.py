@@ -103,6 +103,7 @@ jobs = Table(
     Column("dataset", Json, nullable=False),
     Column("eval_dataset", Json),
     Column("reward_models", Json),
+    Column("tokenizer", Json),
     Column("output_dir", Text, nullable=False),
     Column("needs_gpus", Integer, nullable=False),
     Column("needs_memory_bytes", BigInteger, nullable=False),
@@ -153,6 +154,8 @@ jobs = Table(
     ),
     Index("uq_jobs_unfinished_output", "output_dir", unique=True, **_partial(is_unfinished())),
 )
+PINNED = (jobs.c.dataset, jobs.c.eval_dataset, jobs.c.tokenizer)
+"""Files that a job keeps by their content."""
 
 quotas = Table(
     "quotas",

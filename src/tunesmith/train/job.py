@@ -26,7 +26,7 @@ from tunesmith.spec.pipe import (
 )
 from tunesmith.spec.rewards import RewardSource, TrainedModel
 from tunesmith.spec.train import Kto, Lora, Pretrain, Reinforcing, Reward, Sft
-from tunesmith.train import artifact, checkpoint, plan, randomness, space
+from tunesmith.train import artifact, checkpoint, foreign, plan, randomness, space
 from tunesmith.train.answers import CACHE_TOKENS, Exam, draw_questions
 from tunesmith.train.batches import Feed, Interrupted
 from tunesmith.train.best import Watch
@@ -66,6 +66,8 @@ class Opened:
     """Tokens of a sample: as asked for, or the model's context where that is shorter."""
     named: Mapping[str, str]
     """Published names of models, by path."""
+    has_own_tokenizer: bool = True
+    """False: the renderer's was brought along, in place of the model's."""
 
 
 class Job:
@@ -162,15 +164,20 @@ class Job:
         return Plan.model_validate_json(self._group.tell(chosen.model_dump_json().encode()))
 
     def _open(self, files: ExitStack) -> Opened:
-        rows, held_out = open_sets(self._task.inputs, self._spec, files)
+        inputs = self._task.inputs
+        rows, held_out = open_sets(inputs, self._spec, files)
         model = self._open_model()
+        renderer = self._renderer(rows)
+        if inputs.tokenizer is not None:
+            foreign.refuse_larger(renderer, model, self._spec)
         return Opened(
             model=model,
-            renderer=self._renderer(rows),
+            renderer=renderer,
             rows=rows,
             eval_rows=held_out,
             max_length=self._max_length(model),
-            named=self._task.inputs.named,
+            named=inputs.named,
+            has_own_tokenizer=inputs.tokenizer is None,
         )
 
     def _open_model(self) -> Model:
@@ -205,6 +212,8 @@ class Job:
         return None
 
     def _renderer(self, rows: Rows) -> Renderer:
+        if self._task.inputs.tokenizer is not None:
+            return self._brought()
         renderer = Renderer.load(Path(self._task.inputs.model))
         if renderer.template is not None or isinstance(self._spec, Pretrain):
             return renderer
@@ -216,6 +225,16 @@ class Job:
             f"the model has no chat template: the {renderer.template_source} one is used "
             "and kept with the result",
         )
+        return renderer
+
+    def _brought(self) -> Renderer:
+        renderer = foreign.load(self._task)
+        if renderer.eos_token_id is None:
+            self._notice(
+                "no_end_token",
+                "the tokenizer names no token that ends a text: documents follow each other "
+                "without a mark",
+            )
         return renderer
 
     def _max_length(self, model: Model) -> int:
@@ -491,3 +510,5 @@ def save_model(opened: Opened, folder: Path) -> None:
     opened.model.save(folder)
     opened.renderer.save(folder)
     name_base(folder, opened.named)
+    if not opened.has_own_tokenizer:
+        foreign.name_ends(folder, opened.renderer)

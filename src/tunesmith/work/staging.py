@@ -127,12 +127,13 @@ class Staging:
             mark = f"reward-{number}"
             found, more = await self._model(path, _rewarding(name), mark, f"{mark}-base")
             rewarding[name], named = str(found), named | more
-        evaluation = asked.eval_dataset
+        evaluation, tokenizer = asked.eval_dataset, asked.tokenizer
         return Inputs(
             model=str(model),
             dataset=str(await self._data(asked.dataset, "dataset")),
             eval_dataset=str(await self._data(evaluation, "eval_dataset")) if evaluation else None,
             reward_models=rewarding,
+            tokenizer=str(await self._data(tokenizer, "tokenizer")) if tokenizer else None,
             named=named,
         )
 

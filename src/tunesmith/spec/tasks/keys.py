@@ -99,6 +99,12 @@ KEYS: tuple[Key, ...] = (
         "share of the rows that is only measured on, where no eval_dataset is given",
         "eval_split validation_split val_size test_size eval_ratio",
     ),
+    _key(
+        "tokenizer",
+        "tokenizer",
+        "a folder, a tokenizer.json or a SentencePiece .model, in place of the model's own",
+        "tokenizer_path tokenizer_name tokenizer_name_or_path tokenizer_model",
+    ),
     _key("columns", "columns", "field of a format → column of the file"),
     _key("output_dir", OUTPUT_DIR, "where the result goes", "output_path"),
     _key("clean", "clean", "remove control characters", "clean_text"),
