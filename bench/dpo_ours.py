@@ -8,12 +8,14 @@ import torch
 from pipe import answer_all
 from tunesmith.nn.forks import Fork
 from tunesmith.nn.language import open_model
+from tunesmith.spec.pipe import Plan
 from tunesmith.spec.train import Lora, Preference
 from tunesmith.train.objective import Ground
 from tunesmith.train.pairs import Pair
 from tunesmith.train.parallel import Group
 from tunesmith.train.preference import DpoLoss
 from tunesmith.train.reference import Reference
+from tunesmith.train.standing import Standing
 from workload import ALPHA, BETA, LEARNING_RATE, PAIRS, RANK, TARGETS, Work, pair_samples
 
 SAMPLES = [
@@ -39,7 +41,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     model = open_model(work.model, lora=lora, has_dropout=False)
     objective = DpoLoss(
         Preference(model="m", dataset="d", beta=BETA),
-        Ground(model, "cpu", 4096, Group()),
+        Ground(model, "cpu", Standing(Plan(threads=1, micro_batch_tokens=4096)), Group()),
         Reference(len(SAMPLES), "00"),
     )
     parameters = list(model.trainable().values())

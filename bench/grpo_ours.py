@@ -11,6 +11,7 @@ from pipe import answer_all
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Row
 from tunesmith.nn.language import open_model
+from tunesmith.spec.pipe import Plan
 from tunesmith.spec.train import Grpo, Lora
 from tunesmith.train.alarms import Alarms
 from tunesmith.train.frozen import Frozen
@@ -22,6 +23,7 @@ from tunesmith.train.prompts import Prompt
 from tunesmith.train.rewarding import Judged
 from tunesmith.train.rollout import Rollouts, Wish
 from tunesmith.train.rounds import Drawer, Rounds
+from tunesmith.train.standing import Standing
 from workload import (
     ALPHA,
     ASKED,
@@ -58,7 +60,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(work.threads)
     lora = Lora(rank=RANK, alpha=ALPHA, targets=TARGETS) if work.is_lora else None
     model = open_model(work.model, lora=lora, has_dropout=False)
-    ground = Ground(model, "cpu", 4096, Group())
+    ground = Ground(model, "cpu", Standing(Plan(threads=1, micro_batch_tokens=4096)), Group())
     spec = Grpo.model_validate(
         {
             "model": "m",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nn_fixtures import HOSTED, LEAN, Outcome, largest_difference, load, write_model
 from tunesmith.nn.language import open_model
+from tunesmith.spec.pipe import Plan
 from tunesmith.spec.train import Grpo, Ppo, Rloo
 from tunesmith.train.advantages import generalised, leave_one_out, of_group, whitened
 from tunesmith.train.episodes import Episodes
@@ -20,6 +21,7 @@ from tunesmith.train.objective import Ground, Objective
 from tunesmith.train.parallel import Group
 from tunesmith.train.ppo import PpoLoss, ValueHead
 from tunesmith.train.rloo import RlooLoss
+from tunesmith.train.standing import Standing
 from tunesmith.train.surrogate import Clip, clipped, clipped_value, is_clipped, k1, k3
 
 MODELS = LEAN | HOSTED
@@ -245,7 +247,7 @@ def test_a_step_is_the_one_in_plain_torch(name, loss, budget, tmp_path):
     folder = write_model(MODELS[name], tmp_path)
     case = Case.of(tmp_path)
     model = open_model(folder, lora=None, has_dropout=False)
-    ground = Ground(model, "cpu", budget, Group())
+    ground = Ground(model, "cpu", Standing(Plan(threads=1, micro_batch_tokens=budget)), Group())
     objective: Objective[Any]
     by_token: dict[str, Tensor] = {}
     if loss == "ppo":
@@ -272,7 +274,11 @@ def test_a_step_is_the_one_in_plain_torch(name, loss, budget, tmp_path):
 def test_rewards_of_ppo_are_the_completions_last_and_less_what_divergence_costs(tmp_path):
     model = open_model(write_model(LEAN["gpt2"], tmp_path), lora=None)
     spec = Ppo.model_validate({"model": "m", "dataset": "d", "rewards": MATCH, "lam": 1.0})
-    loss = PpoLoss(spec, Ground(model, "cpu", 1000, Group()), ValueHead(64, "cpu"))
+    loss = PpoLoss(
+        spec,
+        Ground(model, "cpu", Standing(Plan(threads=1, micro_batch_tokens=1000)), Group()),
+        ValueHead(64, "cpu"),
+    )
     old = [torch.zeros(size) for size in SIZES]
     case = Case(None, old, [each - 1 for each in old])
     found = loss.estimate(case.episodes(), torch.arange(6.0))

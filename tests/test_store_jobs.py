@@ -8,6 +8,7 @@ import pytest
 
 from store_fixtures import (
     LEASE,
+    PLAN,
     SHA,
     Ledger,
     checkpointed,
@@ -27,6 +28,7 @@ from tunesmith.errors import (
     RateLimitError,
 )
 from tunesmith.spec.estimate import Estimate
+from tunesmith.spec.pipe import Plan
 from tunesmith.spec.records import Job, JobState, Needs, Outcome, StopMode
 from tunesmith.store import endings, events, jobs, rows
 
@@ -762,6 +764,18 @@ def test_the_first_plan_stays(ledger: Ledger) -> None:
     plan = ledger.get(job.id).plan
     assert plan is not None
     assert plan.threads == 2
+
+
+def test_a_plan_that_memory_changed_is_the_next_attempts(ledger: Ledger) -> None:
+    job = ledger.start()
+    ledger.say(job.id, 1, started(), {"type": "replanned", "plan": {**PLAN, "threads": 3}})
+    with pytest.raises(FencedError):
+        ledger.say(job.id, 0, {"type": "replanned", "plan": PLAN})
+    ledger.finish(job.id, 1, failed())
+    ledger.clock.pass_by(10)
+    claimed = ledger.claim()
+    assert claimed is not None
+    assert claimed.job.plan == Plan.model_validate({**PLAN, "threads": 3})
 
 
 @pytest.mark.parametrize(

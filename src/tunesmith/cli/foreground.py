@@ -45,6 +45,7 @@ from tunesmith.spec.pipe import (
     Finished,
     Inputs,
     Plan,
+    Replanned,
     Started,
     Stopped,
     TrainerEvent,
@@ -226,7 +227,7 @@ class Foreground:
         return None
 
     def _keep_plan(self, event: TrainerEvent) -> None:
-        if isinstance(event, Started):
+        if isinstance(event, Started | Replanned):
             body = event.plan.model_dump_json().encode()
             manifest.write_durably(self.work / "plan.json", body)
 

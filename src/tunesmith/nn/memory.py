@@ -4,6 +4,7 @@ Every step allocates the same large tensors. glibc maps a large block afresh eac
 its pages then costs a fault: a third of the time of the products that write such blocks.
 """
 
+import contextlib
 import ctypes
 import functools
 
@@ -24,3 +25,9 @@ def keep_freed_memory() -> bool:
     return bool(
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_HEAP_BLOCK) and mallopt(_M_TRIM_THRESHOLD, never)
     )
+
+
+def give_back_freed_memory() -> None:
+    """Once, now: what is kept in pieces may lack where a large block is wanted."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

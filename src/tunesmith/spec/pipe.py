@@ -87,6 +87,14 @@ class Started(Strict):
     detail: dict[str, Any] = {}
 
 
+class Replanned(Strict):
+    """Memory did not suffice: this is the job's plan from here on, in every later attempt too. Said
+    before a step that was made by it; a notice says what happened."""
+
+    type: Literal["replanned"] = "replanned"
+    plan: Plan
+
+
 class Probed(Strict):
     """A step on the longest samples, before the first one that counts."""
 
@@ -179,6 +187,15 @@ class Failed(Strict):
 
 
 TrainerEvent = Annotated[
-    Started | Probed | Step | Evaluated | Checkpointed | Notice | Finished | Stopped | Failed,
+    Started
+    | Replanned
+    | Probed
+    | Step
+    | Evaluated
+    | Checkpointed
+    | Notice
+    | Finished
+    | Stopped
+    | Failed,
     Field(discriminator="type"),
 ]

@@ -14,6 +14,7 @@ from tunesmith.spec.pipe import (
     Evaluated,
     Finished,
     Notice,
+    Replanned,
     Started,
     Step,
     TrainerEvent,
@@ -128,6 +129,8 @@ def _apply(row: RowMapping, said: Sequence[Any]) -> dict[str, Any]:
         match event:
             case Started():
                 values |= _started(row, event)
+            case Replanned():
+                values["plan"] = event.plan.model_dump(mode="json")
             case Step():
                 values |= _stepped(row, values, event)
             case Finished():

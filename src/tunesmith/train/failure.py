@@ -17,7 +17,7 @@ _GPU_WORDS = ("CUDA error", "CUDNN_STATUS", "CUBLAS_STATUS", "NCCL error")
 
 def tell(error: BaseException) -> Failed:
     """The event for `error`, whatever it is."""
-    verdict = _judge(error)
+    verdict = judge(error)
     return Failed(
         failure_class=verdict.failure_class,
         message=_clip(str(verdict), MAX_MESSAGE),
@@ -32,7 +32,13 @@ def is_disk_full(error: BaseException) -> bool:
     return any(word in str(error) for word in _DISK_FULL_WORDS)
 
 
-def _judge(error: BaseException) -> JobFailure:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the GPU or of the host: a smaller pass may fit."""
+    return judge(error).failure_class in (FailureClass.OOM_GPU, FailureClass.OOM_HOST)
+
+
+def judge(error: BaseException) -> JobFailure:
+    """The verdict on `error`; it holds nothing of what the error holds."""
     if isinstance(error, JobFailure):
         return error
     if isinstance(error, TuningAPIError):

@@ -48,6 +48,7 @@ from tunesmith.train.rewards import TRAINED, Bench, open_rewarders
 from tunesmith.train.rollout import Rollouts, Wish
 from tunesmith.train.sets import open_sets
 from tunesmith.train.source import RowSource, read_row
+from tunesmith.train.standing import Standing
 
 TELL_SECONDS = 30.0
 DRAWING_SECONDS = 300.0
@@ -90,7 +91,7 @@ class Job:
     def run(self) -> None:
         """Raises JobFailure, and whatever else goes wrong, for the caller to report."""
         saved = self._saved()
-        self._plan = self._agreed(self._choose_plan(saved))
+        self._standing = Standing(self._agreed(self._choose_plan(saved)))
         torch.set_num_threads(self._plan.threads)
         if self._plan.compile:
             compiled = Path(self._task.attempt_dir).absolute() / ".compiled"
@@ -98,6 +99,10 @@ class Job:
         randomness.seed_all(self._spec.optim.seed)
         with ExitStack() as files:
             self._carry_out(self._open(files), saved)
+
+    @property
+    def _plan(self) -> Plan:
+        return self._standing.plan
 
     def _carry_out(self, opened: Opened, saved: Saved | None) -> None:
         self._wanted = space.Wanted.by(opened.model.trainable().values())
@@ -254,9 +259,7 @@ class Job:
         stage = Stage(
             task=self._task,
             plan=self._plan,
-            ground=Ground(
-                opened.model, self._plan.device, self._plan.micro_batch_tokens, self._group
-            ),
+            ground=Ground(opened.model, self._plan.device, self._standing, self._group),
             renderer=opened.renderer,
             max_length=opened.max_length,
             kept=saved.kept if saved is not None else {},
@@ -354,7 +357,7 @@ class Job:
         return self.loop_kind(
             Parts(
                 spec=self._spec,
-                plan=self._plan,
+                standing=self._standing,
                 model=opened.model,
                 objective=method.objective,
                 feed=method.feed(samples),

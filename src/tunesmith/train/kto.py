@@ -81,6 +81,7 @@ class KtoLoss(Objective[Judged]):
     reference: Reference
     source: RowSource[Judged]
     max_length: int
+    is_exchanging: ClassVar[bool] = True
     names: ClassVar[tuple[str, ...]] = (
         "rewards/chosen",
         "rewards/rejected",

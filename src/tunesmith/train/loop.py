@@ -5,13 +5,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.nn.language import Model
-from tunesmith.spec.pipe import Evaluated, Notice, Plan, Step, TrainerEvent
+from tunesmith.spec.pipe import Evaluated, Notice, Replanned, Step, TrainerEvent
 from tunesmith.spec.train import TrainSpec
 from tunesmith.train import randomness
 from tunesmith.train.batches import Interrupted, Sized
@@ -19,8 +21,9 @@ from tunesmith.train.best import Watch
 from tunesmith.train.checkpoint import Saved, Shelf, Snapshot
 from tunesmith.train.counts import Counts
 from tunesmith.train.evaluate import Evaluation
-from tunesmith.train.failure import is_disk_full
+from tunesmith.train.failure import MAX_MESSAGE, is_disk_full, is_out_of_memory, judge
 from tunesmith.train.memory import peak_bytes
+from tunesmith.train.narrowing import free_memory, hopeless, narrow
 from tunesmith.train.norms import adapter_norms
 from tunesmith.train.objective import Objective, means
 from tunesmith.train.optimizer import Optimizer
@@ -28,6 +31,7 @@ from tunesmith.train.parallel import Group
 from tunesmith.train.process import Asks
 from tunesmith.train.report import finite, finite_only
 from tunesmith.train.schedule import learning_rate
+from tunesmith.train.standing import Standing
 from tunesmith.train.steps import Steps
 
 BAD_STEPS = 3
@@ -40,6 +44,7 @@ class Pass:
 
     loss: float
     """Mean over the step's units: see `Objective`."""
+    samples: int
     tokens: int
     labels: int
     metrics: dict[str, float]
@@ -50,7 +55,7 @@ class Parts:
     """What a loop is put together from."""
 
     spec: TrainSpec
-    plan: Plan
+    standing: Standing
     model: Model
     objective: Objective[Any]
     feed: Steps[Any]
@@ -59,7 +64,7 @@ class Parts:
     """Over its evaluations."""
     baseline: Sequence[float]
     """Losses before the first update: see `comparison`."""
-    kept: Mapping[str, torch.Tensor]
+    kept: Mapping[str, Tensor]
     """Tensors that every checkpoint is to hold beside."""
     shelf: Shelf
     save_model: Callable[[Path], None]
@@ -82,6 +87,10 @@ class Loop:
         self._saved_at = time.monotonic()
         self._untold = (0, 0.0)
         """Tokens and seconds since the last event."""
+
+    @property
+    def _device(self) -> str:
+        return self._parts.standing.plan.device
 
     @property
     def total_steps(self) -> int:
@@ -122,7 +131,7 @@ class Loop:
         self._feed.seek(saved.state["feed"], saved.kept)
         self._mark()
         self._saved_step = self.counts.step
-        randomness.restore(self._group.mine(saved.random), self._parts.plan.device)
+        randomness.restore(self._group.mine(saved.random), self._device)
 
     def run(self) -> bool:
         """Train to the end, with a checkpoint there. False where a stop was asked for before."""
@@ -156,32 +165,82 @@ class Loop:
             samples = self._feed.take()
         except Interrupted:
             return False
-        done = self._pass(samples)
+        done = self._passed(samples)
         norm = self._update(done.loss, rate)
-        self._count(done, norm, len(samples), time.monotonic() - began)
+        self._count(done, norm, time.monotonic() - began)
         self._tell(done, rate, norm)
         self._give_up_on_bad_steps(done.loss, norm)
         return True
 
-    def _pass(self, samples: Sequence[Sized]) -> Pass:
-        """Forward and backward over a step's samples; each unit weighs the same."""
+    def _passed(self, samples: Sequence[Sized]) -> Pass:
+        """`_pass`; where memory does not suffice for it, what smaller ones would have come to."""
+        before = randomness.mark(self._device)
+        while isinstance(done := self._pass(samples), JobFailure):
+            samples = self._narrow(samples, done, before)
+        return done
+
+    def _pass(self, samples: Sequence[Sized]) -> Pass | JobFailure:
+        """Forward and backward over a step's samples; each unit weighs the same.
+
+        Returns what failed where that was memory, for any process; there are no gradients then.
+        """
+        objective = self._parts.objective
+        fault, mine = None, (0.0,) * (1 + 2 * len(objective.names))
+        try:
+            mine = self._forward_backward(samples)
+        except Exception as error:
+            if not self._may_narrow or not is_out_of_memory(error):
+                raise
+            fault = judge(error)
+        mean, *numbers, faults = self._group.add_up(*mine, float(fault is not None))
+        if faults:
+            self._optimizer.drop_gradients()
+            return fault or JobFailure(
+                FailureClass.OOM_HOST, "memory did not suffice in another process of the job"
+            )
+        self._group.add_gradients(self._trained.values())
+        return Pass(
+            loss=mean,
+            samples=len(samples),
+            tokens=sum(sample.tokens for sample in samples),
+            labels=sum(sample.labels for sample in samples),
+            metrics=finite_only(objective.told(means(objective.names, numbers))),
+        )
+
+    def _forward_backward(self, samples: Sequence[Sized]) -> tuple[float, ...]:
+        """This process's share: its part of the loss, and of the metrics' totals."""
         objective = self._parts.objective
         units = objective.units(samples)
-        total: torch.Tensor | float = 0.0
+        total: Tensor | float = 0.0
         totals_M2 = torch.zeros(len(objective.names), 2, dtype=torch.float64)
         for measured in objective.passes(samples):
             loss = measured.loss / units
             loss.backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach().double()
             totals_M2 = totals_M2.to(measured.totals_M2.device) + measured.totals_M2
-        mean, *numbers = self._group.add_up(float(total), *totals_M2.flatten().tolist())
-        self._group.add_gradients(self._trained.values())
-        return Pass(
-            loss=mean,
-            tokens=sum(sample.tokens for sample in samples),
-            labels=sum(sample.labels for sample in samples),
-            metrics=finite_only(objective.told(means(objective.names, numbers))),
-        )
+        return (float(total), *totals_M2.flatten().tolist())
+
+    @property
+    def _may_narrow(self) -> bool:
+        return self._group.size == 1 or not self._parts.objective.is_exchanging
+
+    def _narrow(
+        self, samples: Sequence[Sized], fault: JobFailure, before: dict[str, Tensor]
+    ) -> Sequence[Sized]:
+        """Everything as it was before the step, but for smaller passes, which are told of and kept
+        before one counts. Raises `fault` where there are none."""
+        free_memory()
+        randomness.rewind(before, self._device)
+        feed, standing = self._feed, self._parts.standing
+        found = narrow(standing, self._group, samples, lambda: feed.lay_anew(samples))
+        if found is None:
+            raise hopeless(fault)
+        self._parts.send(Replanned(plan=standing.plan))
+        step = self.counts.step + 1
+        message = f"step {step}: {fault}; {found.sentence}"
+        self._notice("passes_halved", message[:MAX_MESSAGE], detail=found.detail)
+        self._save()
+        return found.samples
 
     def _update(self, loss: float, rate: float) -> float:
         """Returns the gradient's norm. No weight changes where it or the loss is not finite."""
@@ -195,8 +254,8 @@ class Loop:
             self._notice("update_skipped", f"step {step}: the gradient is not finite; no update")
         return norm
 
-    def _count(self, done: Pass, norm: float, samples: int, seconds: float) -> None:
-        self.counts.samples += samples
+    def _count(self, done: Pass, norm: float, seconds: float) -> None:
+        self.counts.samples += done.samples
         self.counts.tokens += done.tokens
         self.counts.label_tokens += done.labels
         limit = self._optim.max_grad_norm
@@ -229,7 +288,7 @@ class Loop:
                 tokens=done.tokens,
                 label_tokens=done.labels,
                 tokens_per_second=round(tokens / max(seconds, 1e-9), 3),
-                peak_memory_bytes=peak_bytes(self._parts.plan.device),
+                peak_memory_bytes=peak_bytes(self._device),
                 cpu_seconds=round(time.process_time(), 3),
                 eta_seconds=self.counts.seconds_for(self.total_steps - step),
                 metrics=self._told() | done.metrics,
@@ -292,11 +351,12 @@ class Loop:
                 self._parts.shelf.thin()
             self._saved_step = self.counts.step
         except Exception as error:
-            if not is_disk_full(error):
+            if not is_disk_full(error) and not is_out_of_memory(error):
                 raise
+            lacks = "space" if is_disk_full(error) else "memory"
             self._notice(
                 "checkpoint_failed",
-                f"step {self.counts.step}: no space for a checkpoint; the older ones are kept",
+                f"step {self.counts.step}: no {lacks} for a checkpoint; the older ones are kept",
             )
         self._saved_at = time.monotonic()
 
@@ -306,7 +366,7 @@ class Loop:
             step=self.counts.step,
             save_model=self._parts.save_model,
             optimizer=self._optimizer.state(),
-            random=self._group.gather(randomness.capture(self._parts.plan.device)),
+            random=self._group.gather(randomness.capture(self._device)),
             state=self._state(),
             kept={**self._parts.kept, **self._kept, **(watch.kept() if watch else {})},
         )
@@ -315,13 +375,17 @@ class Loop:
         return {
             "counts": asdict(self.counts),
             "feed": self._position,
-            "plan": self._parts.plan.model_dump(),
+            "plan": self._parts.standing.plan.model_dump(),
             "spec": self._parts.spec.model_dump(mode="json"),
             "baseline": list(self._parts.baseline),
             **({"best": self._parts.watch.state()} if self._parts.watch else {}),
         }
 
     def _notice(
-        self, code: str, message: str, level: Literal["info", "warning"] = "warning"
+        self,
+        code: str,
+        message: str,
+        level: Literal["info", "warning"] = "warning",
+        detail: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        self._parts.send(Notice(level=level, code=code, message=message))
+        self._parts.send(Notice(level=level, code=code, message=message, detail=dict(detail)))

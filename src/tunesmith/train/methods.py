@@ -49,6 +49,9 @@ from tunesmith.train.sft import LabelLoss, SampleReader
 from tunesmith.train.source import RowSource
 from tunesmith.train.steps import Steps
 
+_NOT_DECISIVE = {"micro_batch_tokens", "gradient_checkpointing"}
+"""Of a plan: what may change within a job, and changes what is measured by rounding alone."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -164,7 +167,7 @@ def _reference(stage: Stage, data: Data, places: int) -> Reference:
         "holdout": spec.holdout,
         "samples_a_step": stage.samples_a_step,
         "steps": _steps(stage, data, places),
-        "plan": stage.plan.model_dump(mode="json"),
+        "plan": stage.plan.model_dump(mode="json", exclude=_NOT_DECISIVE),
     }
     return Reference(places, key_of(stage.task, data.path, decides))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tunesmith.train.batches import S, Sized, split
 from tunesmith.train.parallel import Group
+from tunesmith.train.standing import Standing
 
 S_contra = TypeVar("S_contra", bound=Sized, contravariant=True)
 Model = TypeVar("Model")
@@ -32,6 +33,8 @@ class Objective(Protocol[S_contra]):
 
     names: ClassVar[tuple[str, ...]] = ()
     """Of the metrics, as in `Measured.totals_M2`."""
+    is_exchanging: ClassVar[bool] = False
+    """Whether processes speak with each other within `passes`: none may then leave it by itself."""
 
     @property
     def beside(self) -> Mapping[str, nn.Parameter]:
@@ -62,8 +65,13 @@ class Ground(Generic[Model]):
 
     model: Model
     device: str
-    micro_batch_tokens: int
+    standing: Standing
     group: Group
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Of a pass, as it stands now."""
+        return self.standing.micro_batch_tokens
 
     def parts(self, samples: Sequence[S]) -> list[list[S]]:
         """This process's share, in passes."""

@@ -35,10 +35,14 @@ class Group:
 
     def share(self, samples: Sequence[S]) -> Sequence[S]:
         """This process's part of a step, dealt out by length so that all have about as much."""
+        return self.shares(samples)[self.rank]
+
+    def shares(self, samples: Sequence[S]) -> list[Sequence[S]]:
+        """Every process's part."""
         if self.size == 1:
-            return samples
+            return [samples]
         ordered = sorted(samples, key=lambda sample: sample.tokens)
-        return ordered[self.rank :: self.size]
+        return [ordered[rank :: self.size] for rank in range(self.size)]
 
     def add_up(self, *numbers: float) -> list[float]:
         """Each number's sum over all processes."""

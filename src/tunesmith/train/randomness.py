@@ -28,6 +28,21 @@ def capture(device: str) -> dict[str, Tensor]:
     return state
 
 
+def mark(device: str) -> dict[str, Tensor]:
+    """What passes over the model draw from, torch's alone: cheap enough for each step."""
+    state = {"torch": torch.get_rng_state()}
+    if device.startswith("cuda"):
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def rewind(state: dict[str, Tensor], device: str) -> None:
+    """To a mark."""
+    torch.set_rng_state(state["torch"])
+    if device.startswith("cuda"):
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
 def restore(state: dict[str, Tensor], device: str) -> None:
     version, *words = state["python"].tolist()
     gauss: list[Any] = state["python_gauss"].tolist()

@@ -12,6 +12,7 @@ from tunesmith.spec.pipe import (
     Finished,
     Notice,
     Probed,
+    Replanned,
     Started,
     Step,
     Stopped,
@@ -53,6 +54,8 @@ def line_of(event: TrainerEvent) -> str:
                 f"started: {event.trainable_parameters:,} of {event.parameters:,} parameters, "
                 f"{event.total_steps} steps, from step {event.start_step}, {event.plan!r}"
             )
+        case Replanned():
+            return f"from here on: {event.plan!r}"
         case Probed():
             size = f"{event.samples:,} samples, {event.tokens:,} tokens"
             memory = f"{event.peak_memory_bytes:,} bytes"

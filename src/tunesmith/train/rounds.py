@@ -248,8 +248,16 @@ class RoundFeed:
             self._begin()
         if not self._is_under_way or self._episodes is None:
             raise _nothing_to_learn()
-        order = self._orders[self._at]
         self._at += 1
+        return self._last()
+
+    def lay_anew(self, samples: Sequence[Bundle]) -> Sequence[Bundle]:
+        return self._last()
+
+    def _last(self) -> list[Bundle]:
+        """Of the step that was taken last, for the passes that there are now."""
+        assert self._episodes is not None
+        order = self._orders[self._at - 1]
         return self._episodes.bundles(order, self.rounds.ground.micro_batch_tokens)
 
     @property

@@ -35,6 +35,9 @@ class Steps(Protocol[S_co]):
     def take(self) -> Sequence[S_co]:
         """The samples of the next step, at least one. Raises what the source says is wrong."""
 
+    def lay_anew(self, samples: Sequence[Any]) -> Sequence[S_co]:
+        """Those of the last step, cut for the passes that there are now."""
+
     def state(self) -> dict[str, Any]:
         """In JSON's types: where the next step is taken from."""
 

@@ -122,7 +122,7 @@ class SweepJob(Job):
             rows = opened.rows if one.places is None else Part(opened.rows, one.places)
             own = replace(opened, model=model, rows=rows)
             kept = None if saved is None else saved.of(one.name, f"adapters/{one.name}")
-            self._trials.append(Trial.begin(one, job, own, self._plan, kept))
+            self._trials.append(Trial.begin(one, job, own, self._standing, kept))
             self._share_samples(self._trials[0].job, job)
         self._saved_step = self.step if saved is not None else -1
 

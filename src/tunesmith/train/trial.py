@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tunesmith.errors import FailureClass, JobFailure
-from tunesmith.spec.pipe import Evaluated, Notice, Plan, Step, TrainerEvent
+from tunesmith.spec.pipe import Evaluated, Notice, Step, TrainerEvent
 from tunesmith.spec.sweep import ADAPTERS, TrialResult
 from tunesmith.spec.train import Sweepable
 from tunesmith.train import randomness
@@ -20,6 +20,7 @@ from tunesmith.train.job import Job, Opened
 from tunesmith.train.loop import Loop
 from tunesmith.train.methods import Method
 from tunesmith.train.report import Report
+from tunesmith.train.standing import Standing
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Configuration:
     """The rows that are its own; None: all."""
 
 
-_OWN = {"compared", "best_kept", "stopped_early", "update_skipped"}
+_OWN = {"compared", "best_kept", "stopped_early", "update_skipped", "passes_halved"}
 """Notices that each trial has its own of."""
 
 
@@ -111,9 +112,11 @@ class TrialJob(Job):
     sources: Sequence[Source[Any]] = ()
     """Of the training and of the validation set."""
 
-    def begin(self, opened: Opened, plan: Plan, saved: Saved | None) -> tuple[Method, TrialLoop]:
+    def begin(
+        self, opened: Opened, standing: Standing, saved: Saved | None
+    ) -> tuple[Method, TrialLoop]:
         """Raises Interrupted."""
-        self._plan = plan
+        self._standing = standing
         method, evaluation = self._methods(opened, saved)
         self.sources = [one.source for one in (method, evaluation) if one is not None]
         self._before = self._compared(opened, evaluation, saved)
@@ -156,14 +159,20 @@ class Trial:
 
     @classmethod
     def begin(
-        cls, made_of: Configuration, job: TrialJob, opened: Opened, plan: Plan, saved: Saved | None
+        cls,
+        made_of: Configuration,
+        job: TrialJob,
+        opened: Opened,
+        standing: Standing,
+        saved: Saved | None,
     ) -> "Trial":
         """As it begins alone, or where it was when `saved` was. Raises Interrupted."""
         randomness.seed_all(made_of.spec.optim.seed)
-        method, loop = job.begin(opened, plan, saved)
+        method, loop = job.begin(opened, standing, saved)
         failure = None if saved is None else saved.state["failure"]
-        trial = cls(made_of, job, opened, method, loop, plan.device, failure)
-        trial.random = randomness.capture(plan.device)
+        device = standing.plan.device
+        trial = cls(made_of, job, opened, method, loop, device, failure)
+        trial.random = randomness.capture(device)
         return trial
 
     @property
