@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from task_files import document, sentencepiece_model
-from train_fixtures import PLAN, Place, make_model, pairs, run_here, sft, write_rows
+from train_fixtures import (
+    PLAN,
+    Events,
+    Place,
+    make_model,
+    pairs,
+    read_events,
+    run_here,
+    sft,
+    write_rows,
+)
 from tunesmith import manifest
 from tunesmith.data.brought import pack
 from tunesmith.data.render import Renderer
@@ -265,20 +276,67 @@ def test_a_missing_model_or_data_set_is_the_users_error(place):
         assert "강물" in told.message
 
 
-def test_a_loss_that_is_no_number_is_null_and_ends_the_job_after_three_in_a_row(place, tmp_path):
+def test_a_loss_that_is_no_number_is_null_and_skipped_up_to_three_times_in_a_row(place, tmp_path):
     broken = make_model(tmp_path / "nan")
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][:] = math.nan
     from safetensors.torch import save_file
 
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    task = place.task(sft(), inputs=Inputs(model=str(broken), dataset=str(place.dataset)))
+    run = Run(on_nan="skip", save_seconds=3600)
+    task = place.task(sft(run=run), inputs=Inputs(model=str(broken), dataset=str(place.dataset)))
     error = failure(task)
     assert error.failure_class is FailureClass.NAN_LOSS
+    assert "3 steps in a row" in str(error)
     text = Path(task.attempt_dir).with_suffix(".events").read_text()
     steps = [json.loads(line) for line in text.splitlines() if '"step"' in line]
     assert [event["loss"] for event in steps if event["type"] == "step"] == [None] * 3
     assert "NaN" not in text
+
+
+@pytest.fixture(scope="module")
+def burnt(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A row in twenty has a token whose embedding has overflowed; the others don't see it."""
+    folder = tmp_path_factory.mktemp("burnt")
+    model = make_model(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    [token, *_] = tokenizer("ß", add_special_tokens=False).input_ids
+    network = AutoModelForCausalLM.from_pretrained(model, tie_word_embeddings=False)
+    with torch.no_grad():
+        network.model.embed_tokens.weight[token] = math.inf
+    network.save_pretrained(model)
+    rows = pairs(20)
+    rows[13]["prompt"] += " ß"
+    return Place(folder, model, write_rows(folder / "rows.jsonl", rows))
+
+
+def bad_step(events: Events) -> int:
+    [found] = [event["step"] for event in events.of("step") if event["grad_norm"] is None]
+    return found
+
+
+def test_a_step_without_a_finite_number_ends_the_job_and_names_its_rows(burnt):
+    task = burnt.task(sft())
+    error = failure(task)
+    said = read_events(Path(task.attempt_dir).with_suffix(".events"))
+    assert error.failure_class is FailureClass.NAN_LOSS
+    lines = [int(word) for word in re.findall(r"(\d+)(?=,|$)", str(error).split("lines ")[1])]
+    assert len(lines) == 4
+    assert 14 in lines
+    assert f"step {bad_step(said)}: " in str(error)
+    assert said.last["step"] == bad_step(said)
+
+
+def test_a_step_without_a_finite_number_is_passed_over_where_that_is_asked_for(burnt):
+    events = run_here(burnt.task(sft(run=Run(on_nan="skip", save_seconds=3600))))
+    [notice] = [event for event in events.of("notice") if event["code"] == "update_skipped"]
+    assert 14 in notice["detail"]["lines"]
+    assert f"step {bad_step(events)}: " in notice["message"]
+    assert events.last["detail"]["skipped_updates"] == 1
+    weights = load_file(Path(events.last["artifact"]) / "model.safetensors")
+    embedding = weights.pop("model.embed_tokens.weight")
+    assert (~embedding.isfinite().any(1)).sum() == 1  # the row that was so before
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
 
 
 def test_a_gradient_that_is_no_number_never_reaches_the_weights(place):

@@ -115,6 +115,9 @@ class Run(Strict):
     """GPUs that share each step, or processes on a CPU: data parallel, under torchrun."""
     probe: bool = False
     """Make a step on the longest samples first, so that memory that does not suffice shows then."""
+    on_nan: Literal["fail", "skip"] = "fail"
+    """What becomes of a job at a step whose loss or gradient is no finite number. No weight is ever
+    changed by one; `skip` goes on without it, but for three in a row."""
     logging_steps: int = Field(1, ge=1, le=1_000_000)
     save_steps: int | None = Field(None, ge=1, le=100_000_000)
     save_seconds: float = Field(60, gt=0, le=86_400)

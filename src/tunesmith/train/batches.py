@@ -107,6 +107,9 @@ class Source(Protocol[S_co]):
     def expected(self) -> float:
         """Samples in an epoch, an estimate from what was seen so far. Above 0."""
 
+    def lines(self, epoch: int, start: dict[str, Any], end: dict[str, Any] | None) -> list[int]:
+        """Of the file, what was pulled from one `position` to another, or to the epoch's end."""
+
     def nothing_usable(self) -> Exception:
         """What to raise where a whole epoch held no sample."""
 
@@ -140,6 +143,11 @@ class Feed(Generic[S]):
         if self._ahead is None:
             self._end_epoch()
         return samples
+
+    def lines(self, since: Mapping[str, Any]) -> list[int]:
+        """See `Steps`."""
+        end = self._position if self.epoch == since["epoch"] else None
+        return self._source.lines(since["epoch"], since["source"], end)
 
     def lay_anew(self, samples: Sequence[S]) -> Sequence[S]:
         """See `Steps`: a sample of a source is never cut."""

@@ -35,7 +35,9 @@ from tunesmith.train.standing import Standing
 from tunesmith.train.steps import Steps
 
 BAD_STEPS = 3
-"""In a row, without a finite loss and gradient, before a job is given up."""
+"""In a row, without a finite loss and gradient, before a job is given up that may skip some."""
+MAX_LINES = 20
+"""Of a step, that are named."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,8 @@ class Loop:
         norm = self._update(done.loss, rate)
         self._count(done, norm, time.monotonic() - began)
         self._tell(done, rate, norm)
-        self._give_up_on_bad_steps(done.loss, norm)
+        if not math.isfinite(norm):
+            self._answer_bad_step(done.loss, norm)
         return True
 
     def _passed(self, samples: Sequence[Sized]) -> Pass:
@@ -247,12 +250,7 @@ class Loop:
         if not math.isfinite(loss):
             self._optimizer.drop_gradients()
             return math.nan
-        norm = self._optimizer.update(rate)
-        if not math.isfinite(norm):
-            self.counts.skipped_updates += 1
-            step = self.counts.step + 1
-            self._notice("update_skipped", f"step {step}: the gradient is not finite; no update")
-        return norm
+        return self._optimizer.update(rate)
 
     def _count(self, done: Pass, norm: float, seconds: float) -> None:
         self.counts.samples += done.samples
@@ -263,13 +261,23 @@ class Loop:
         self.counts.end_step(finite(done.loss), seconds, is_updated=math.isfinite(norm))
         self._untold = (self._untold[0] + done.tokens, self._untold[1] + seconds)
 
-    def _give_up_on_bad_steps(self, loss: float, norm: float) -> None:
-        if self.counts.bad_steps >= BAD_STEPS:
-            raise JobFailure(
-                FailureClass.NAN_LOSS,
-                f"no finite loss or gradient in {BAD_STEPS} steps in a row, up to step "
-                f"{self.counts.step} (loss {loss}, gradient {norm})",
-            )
+    def _answer_bad_step(self, loss: float, norm: float) -> None:
+        """Of a step that changed no weight. Raises JobFailure(nan_loss) unless it is skipped."""
+        self.counts.skipped_updates += 1
+        lines = self._feed.lines(self._position)
+        what = f"gradient's norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+        told = f"step {self.counts.step}: the {what}, no finite number, over {_named(lines)}"
+        if self._run.on_nan == "skip":
+            if self.counts.bad_steps < BAD_STEPS:
+                message = f"{told}; no weight was changed"
+                self._notice("update_skipped", message, detail={"lines": lines[:MAX_LINES]})
+                return
+            told = f"{BAD_STEPS} steps in a row without a finite loss and gradient; {told}"
+        raise JobFailure(
+            FailureClass.NAN_LOSS,
+            told,
+            "look at those rows, lower the learning rate, or pass over such steps: on_nan: skip",
+        )
 
     def _tell(self, done: Pass, rate: float, norm: float) -> None:
         step = self.counts.step
@@ -389,3 +397,11 @@ class Loop:
         detail: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._parts.send(Notice(level=level, code=code, message=message, detail=dict(detail)))
+
+
+def _named(lines: Sequence[int]) -> str:
+    if not lines:
+        return "rows whose lines are not known any more"
+    shown = ", ".join(map(str, lines[:MAX_LINES]))
+    rest = len(lines) - MAX_LINES
+    return f"line{'s' * (len(lines) > 1)} {shown}" + (f" and {rest:,} more" if rest > 0 else "")

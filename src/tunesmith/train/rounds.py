@@ -237,6 +237,8 @@ class RoundFeed:
     told: dict[str, float] = field(default_factory=dict)
     _number: int = 0
     _at: int = 0
+    _began: Mapping[str, Any] | None = None
+    """Where the round's prompts were taken from."""
     _episodes: Episodes | None = None
     _orders: list[list[int]] = field(default_factory=list)
     """Of each step of the round, its completions."""
@@ -250,6 +252,10 @@ class RoundFeed:
             raise _nothing_to_learn()
         self._at += 1
         return self._last()
+
+    def lines(self, since: Mapping[str, Any]) -> list[int]:
+        """Of all the round's prompts; none where the round was begun before the job went on."""
+        return [] if self._began is None else self.prompts.lines(self._began)
 
     def lay_anew(self, samples: Sequence[Bundle]) -> Sequence[Bundle]:
         return self._last()
@@ -265,6 +271,7 @@ class RoundFeed:
         return self._at < len(self._orders)
 
     def _begin(self) -> None:
+        self._began = self.prompts.state()
         prompts = self.prompts.take()
         episodes, self.told = self.rounds.make(self._number + 1, prompts)
         self._number += 1
@@ -333,7 +340,7 @@ class RoundFeed:
         if self.beside is not None:
             self.beside.take(_under("beside/", kept))
         episodes = _under("round/", kept)
-        self._episodes, self._orders, self._at = None, [], 0
+        self._episodes, self._orders, self._at, self._began = None, [], 0, None
         if episodes:
             self._set(Episodes.restore(episodes), state["at"])
 

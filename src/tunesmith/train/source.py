@@ -89,6 +89,18 @@ class RowSource(Generic[S]):
                 raise Interrupted
         return None
 
+    def lines(self, epoch: int, start: dict[str, Any], end: dict[str, Any] | None) -> list[int]:
+        order = None if self._seed is None else Shuffle(self.places, self._seed, epoch)
+        cursors = range(start["cursor"], self.places if end is None else end["cursor"])
+        places = [order[cursor] if order else cursor for cursor in cursors]
+        return list(dict.fromkeys(line for place in places for line in self._line(place)))
+
+    def _line(self, place: int) -> list[int]:
+        """None where nothing of it is trained on."""
+        row = read_row(self.rows, place // self._reader.samples_a_row)
+        is_kept = place in self._kept or self._reader.read(row, place, Notes()) is not None
+        return [row.line] if is_kept else []
+
     def sample(self, place: int) -> S:
         """One that was pulled before."""
         found = self._kept.get(place)

@@ -38,6 +38,12 @@ class Steps(Protocol[S_co]):
     def lay_anew(self, samples: Sequence[Any]) -> Sequence[S_co]:
         """Those of the last step, cut for the passes that there are now."""
 
+    def lines(self, since: Mapping[str, Any]) -> list[int]:
+        """Of the file, those that the steps since a `state` were made of, as far as that is known.
+
+        Nothing that counts is changed, but rows are read again.
+        """
+
     def state(self) -> dict[str, Any]:
         """In JSON's types: where the next step is taken from."""
 

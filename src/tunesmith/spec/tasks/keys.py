@@ -254,6 +254,11 @@ KEYS: tuple[Key, ...] = (
         read=readings.switch,
     ),
     _key("devices", "run.devices", "GPUs that share each step", "num_gpus n_gpus num_devices"),
+    _key(
+        "on_nan",
+        "run.on_nan",
+        "at a step whose loss or gradient is no finite number: fail, or skip it",
+    ),
     _key("probe", "run.probe", "make a step on the longest samples first"),
     _key("quantization", "run.quantization", "the base's weights in 4bit or 8bit"),
     _key(
