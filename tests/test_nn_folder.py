@@ -96,10 +96,6 @@ def test_quantization_on_a_cpu_is_refused_honestly(folder: Path) -> None:
     assert "CUDA" in refusal(folder, lora=Lora(), quantization="4bit")
 
 
-def test_fp16_is_refused(folder: Path) -> None:
-    assert "fp16" in refusal(folder, precision="fp16")
-
-
 def test_from_scratch_takes_no_adapter(folder: Path) -> None:
     assert "from_scratch" in refusal(folder, lora=Lora(), from_scratch=True)
 

@@ -27,12 +27,16 @@ class Opening:
     has_dropout: bool = True
 
 
+_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What is computed in; weights that are trained stay in fp32."""
+
+
 def open_hosted(folder: ModelFolder, opening: Opening) -> HostedModel:
     """Load with transformers and PEFT. Raises JobFailure(USER_ERROR)."""
     model = _load(folder, opening)
     ways = find_ways(model)
     model, adapter = _set_up(model, folder, opening, "CAUSAL_LM")
-    dtype = torch.bfloat16 if opening.precision == "bf16" else None
+    dtype = _HALVES.get(opening.precision)
     hosted = HostedModel(model, ways, autocast_dtype=dtype, adapter=adapter)
     hosted.train()
     return hosted
@@ -45,7 +49,7 @@ def open_hosted_beside(folder: ModelFolder, openings: Sequence[Opening]) -> list
     """
     model = _load(folder, openings[0])
     ways = find_ways(model)
-    dtype = torch.bfloat16 if openings[0].precision == "bf16" else None
+    dtype = _HALVES.get(openings[0].precision)
     peft: Any = None
     names = [f"beside{number}" for number in range(len(openings))]
     for name, opening in zip(names, openings, strict=True):
@@ -59,7 +63,7 @@ def open_hosted_scorer(folder: ModelFolder, opening: Opening) -> HostedScorer:
     model = _load_scorer(folder, opening)
     ways = find_ways(model, model.base_model)
     model, adapter = _set_up(model, folder, opening, "SEQ_CLS")
-    dtype = torch.bfloat16 if opening.precision == "bf16" else None
+    dtype = _HALVES.get(opening.precision)
     hosted = HostedScorer(model, ways, autocast_dtype=dtype, adapter=adapter)
     hosted.train()
     return hosted
@@ -109,8 +113,6 @@ def check_opening(folder: ModelFolder, opening: Opening, *, is_scoring: bool = F
             f"{folder.given} is a reward model: it gives scores and no tokens",
             "give the model that it was made from, or train it further with method: reward",
         )
-    if opening.precision == "fp16":
-        raise refuse("fp16 needs loss scaling, which is not offered", "ask for bf16 or fp32")
     if opening.quantization is not None and not opening.device.startswith("cuda"):
         raise refuse(
             f"{opening.quantization} quantization needs a CUDA device and this job runs on the CPU",
@@ -209,8 +211,8 @@ def pad_of(config: Any) -> int | None:
 
 def _dtype(opening: Opening) -> torch.dtype:
     """Weights that are trained stay in fp32; frozen ones may be halved."""
-    is_halved = opening.lora is not None and opening.precision == "bf16"
-    return torch.bfloat16 if is_halved else torch.float32
+    half = _HALVES.get(opening.precision)
+    return torch.float32 if half is None or opening.lora is None else half
 
 
 def _quantization(opening: Opening) -> Any:

@@ -30,6 +30,7 @@ from tunesmith.train.optimizer import Optimizer
 from tunesmith.train.parallel import Group
 from tunesmith.train.process import Asks
 from tunesmith.train.report import finite, finite_only
+from tunesmith.train.scaling import LossScale
 from tunesmith.train.schedule import learning_rate
 from tunesmith.train.standing import Standing
 from tunesmith.train.steps import Steps
@@ -83,6 +84,7 @@ class Loop:
         self._model, self._feed, self._group = parts.model, parts.feed, parts.group
         self._trained = {**parts.model.trainable(), **parts.objective.beside}
         self._optimizer = Optimizer(self._trained, parts.spec.optim)
+        self._scale = LossScale.of(parts.standing.plan.precision)
         self.counts = Counts()
         self._mark()
         self._saved_step: int | None = None
@@ -128,6 +130,8 @@ class Loop:
         self._model.load_weights(weights)
         self._optimizer.restore(saved.optimizer)
         self.counts = Counts(**saved.state["counts"])
+        if "loss_scale" in saved.state:
+            self._scale = LossScale(**saved.state["loss_scale"])
         if self._parts.watch is not None and "best" in saved.state:
             self._parts.watch.restore(saved.state["best"], saved.kept)
         self._feed.seek(saved.state["feed"], saved.kept)
@@ -167,20 +171,29 @@ class Loop:
             samples = self._feed.take()
         except Interrupted:
             return False
-        done = self._passed(samples)
-        norm = self._update(done.loss, rate)
+        done, norm = self._passed_and_updated(samples, rate)
         self._count(done, norm, time.monotonic() - began)
         self._tell(done, rate, norm)
         if not math.isfinite(norm):
             self._answer_bad_step(done.loss, norm)
         return True
 
-    def _passed(self, samples: Sequence[Sized]) -> Pass:
-        """`_pass`; where memory does not suffice for it, what smaller ones would have come to."""
+    def _passed_and_updated(self, samples: Sequence[Sized], rate: float) -> tuple[Pass, float]:
+        """What the passes came to and the gradient's norm; again from the beginning where memory
+        does not suffice for a pass, or fp16 for the scale of the loss."""
         before = randomness.mark(self._device)
-        while isinstance(done := self._pass(samples), JobFailure):
-            samples = self._narrow(samples, done, before)
-        return done
+        while True:
+            done = self._pass(samples)
+            if isinstance(done, JobFailure):
+                samples = self._narrow(samples, done, before)
+                continue
+            norm = self._update(done.loss, rate)
+            if math.isfinite(norm):
+                self._scale.count()
+                return done, norm
+            if not math.isfinite(done.loss) or not self._scale.lower():
+                return done, norm
+            randomness.rewind(before, self._device)
 
     def _pass(self, samples: Sequence[Sized]) -> Pass | JobFailure:
         """Forward and backward over a step's samples; each unit weighs the same.
@@ -218,7 +231,7 @@ class Loop:
         totals_M2 = torch.zeros(len(objective.names), 2, dtype=torch.float64)
         for measured in objective.passes(samples):
             loss = measured.loss / units
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss * self._scale.value if self._scale.value != 1 else loss).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach().double()
             totals_M2 = totals_M2.to(measured.totals_M2.device) + measured.totals_M2
         return (float(total), *totals_M2.flatten().tolist())
@@ -250,7 +263,7 @@ class Loop:
         if not math.isfinite(loss):
             self._optimizer.drop_gradients()
             return math.nan
-        return self._optimizer.update(rate)
+        return self._optimizer.update(rate, self._scale.value)
 
     def _count(self, done: Pass, norm: float, seconds: float) -> None:
         self.counts.samples += done.samples
@@ -307,7 +320,8 @@ class Loop:
         """Beside what the objective tells."""
         norms = adapter_norms(self._model.trainable())
         share = {"clipped_share": self.counts.clipped_share}
-        return finite_only({**self._feed.told, **norms, **share})
+        scale = {"loss_scale": self._scale.value} if self._scale.value != 1 else {}
+        return finite_only({**self._feed.told, **norms, **share, **scale})
 
     def _look_around(self) -> None:
         """What is due between two steps: an evaluation, a checkpoint."""
@@ -385,6 +399,7 @@ class Loop:
             "feed": self._position,
             "plan": self._parts.standing.plan.model_dump(),
             "spec": self._parts.spec.model_dump(mode="json"),
+            "loss_scale": asdict(self._scale),
             "baseline": list(self._parts.baseline),
             **({"best": self._parts.watch.state()} if self._parts.watch else {}),
         }

@@ -32,12 +32,14 @@ class Optimizer:
             fused=True,
         )
 
-    def update(self, learning_rate: float) -> float:
-        """One step with what the gradients hold, which are then dropped.
+    def update(self, learning_rate: float, scale: float = 1.0) -> float:
+        """One step with what the gradients hold, over `scale`; they are then dropped.
 
         Returns their norm before clipping. Where that is no finite number, nothing is changed.
         """
         gradients = [p.grad for p in self._named.values() if p.grad is not None]
+        if scale != 1:
+            torch._foreach_mul_(gradients, 1 / scale)
         norm = torch.nn.utils.get_total_norm(gradients)
         value = float(norm)
         if math.isfinite(value):
