@@ -212,3 +212,11 @@ def test_what_is_no_reward_model_is_refused_at_once(
     assert answer.status_code == status
     assert answer.json()["detail"].startswith("rewards")
     assert why in answer.json()["detail"]
+
+
+def test_a_rule_that_is_none_is_refused_at_once(door: TestClient) -> None:
+    body = {"method": "grpo", "model": "models/tiny", "dataset": "data/pairs.jsonl"}
+    rewards = [{"kind": "json_schema", "json_schema": {"$ref": "http://127.0.0.1/schema"}}]
+    answer = door.post("/train/config", json=body | {"rewards": rewards})
+    assert answer.status_code == 422
+    assert "rewards: the schema's $ref" in answer.text

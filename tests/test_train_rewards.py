@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from rl_fixtures import ASKED, guessing
 from train_fixtures import Place, preferences, run_here, tuned, write_rows
+from tunesmith.data import verify
 from tunesmith.data.formats import Row
 from tunesmith.data.render import Renderer
 from tunesmith.errors import FailureClass, JobFailure
@@ -99,3 +100,47 @@ def test_a_model_without_a_score_is_refused_as_a_reward(place):
     with pytest.raises(JobFailure, match="is no reward model") as caught:
         run_here(place.task(spec, inputs=rewarded(place, str(place.model))))
     assert caught.value.failure_class is FailureClass.USER_ERROR
+
+
+def scores(source: dict, reference: str | None, *told: str, said: list[str] | None = None):
+    warned = [] if said is None else said
+    bench = Bench({}, Plan(threads=1), "prompts", lambda code, _: warned.append(code))
+    spec = tuned(Rloo, **SHORT, rewards=[source])
+    row = Row(3, prompt="river", reference=reference)
+    found = open_rewarders(spec.rewards, bench).score([Judged(row, [], one, ()) for one in told])
+    return [score for (score,) in found]
+
+
+@pytest.mark.parametrize(
+    ("source", "reference", "expected"),
+    [
+        ({"kind": "numeric"}, "#### 1,000", {"so it is 1000.0": 1, "1001": 0, "many": 0}),
+        ({"kind": "numeric", "relative_tolerance": 0.01}, "1000", {"1009": 1, "1011": 0}),
+        ({"kind": "regex", "pattern": r"^\d+$"}, None, {"12": 1, "a12": 0}),
+        ({"kind": "json_schema", "json_schema": {"type": "array"}}, None, {"[1]": 1, "1": 0}),
+        ({"kind": "rouge"}, "물이 흐른다", {"물이 흐른다": 1, "물은 흐른다": 0.8, "돌": 0}),
+    ],
+)
+def test_rules_reward_what_they_say(source, reference, expected):
+    assert scores(source, reference, *expected) == pytest.approx(list(expected.values()))
+
+
+@pytest.mark.parametrize(
+    ("source", "reference", "why"),
+    [
+        ({"kind": "numeric"}, "many", "line 3: its reference holds no number"),
+        ({"kind": "rouge"}, None, "line 3: no reference"),
+        ({"kind": "regex", "pattern": "("}, None, "the pattern cannot be read"),
+    ],
+)
+def test_a_rule_that_cannot_be_applied_fails_with_its_reason(source, reference, why):
+    with pytest.raises(JobFailure, match=why):
+        scores(source, reference, "x")
+
+
+def test_a_slow_pattern_is_told_of_once(monkeypatch):
+    monkeypatch.setattr(verify, "SECONDS", 0.05)
+    said: list[str] = []
+    slow = {"kind": "regex", "pattern": r"(a|aa)+$"}
+    assert scores(slow, None, "a" * 60 + "!", "a" * 61 + "!", said=said) == [0, 0]
+    assert said == ["reward_slow"]

@@ -13,6 +13,7 @@ from tunesmith.data import alike
 from tunesmith.data.reading import Reading
 from tunesmith.data.suited import READ, refuse_unpaired, refuse_unsuited
 from tunesmith.data.twins import Twins
+from tunesmith.data.verify import check_rules
 from tunesmith.errors import (
     BadRequestError,
     NoSpaceError,
@@ -31,7 +32,7 @@ from tunesmith.manifest import BrokenManifest, verify
 from tunesmith.spec.estimate import Estimate
 from tunesmith.spec.hands import Capacity
 from tunesmith.spec.records import Job, Needs, NewJob, Source
-from tunesmith.spec.train import Pretrain, TrainSpec, reward_models, reward_training
+from tunesmith.spec.train import Pretrain, TrainSpec, reward_models, reward_training, rewards_of
 from tunesmith.store import idempotency, jobs, reservations
 from tunesmith.store.files import confine
 
@@ -164,8 +165,15 @@ def _refuse_model(model: FoundModel, asked: Request) -> None:
 
 
 def _rewarding(look: Look, asked: Request, who: Principal) -> list[FoundModel]:
-    """The models that rewards come from. Raises NotFoundError, BadRequestError."""
+    """The models that rewards come from.
+
+    Raises NotFoundError, BadRequestError; ValidationError where a rule is none.
+    """
     field = asked.name("rewards")
+    try:
+        check_rules(rewards_of(asked.spec))
+    except ValidationError as error:
+        raise ValidationError(f"{field}: {error.message}", param=field) from None
     found = [look.base(name, who, field) for name in reward_models(asked.spec)]
     for one in found:
         if not one.is_here:

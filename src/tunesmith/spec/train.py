@@ -541,4 +541,8 @@ def reward_training(spec: AnySpec) -> Reward | None:
 
 def reward_models(spec: AnySpec) -> tuple[str, ...]:
     """Names of the models that rewards come from, each once."""
-    return models_in(spec.rewards) if isinstance(spec, Reinforcing) else ()
+    return models_in(rewards_of(spec))
+
+
+def rewards_of(spec: AnySpec) -> tuple[RewardSource, ...]:
+    return spec.rewards if isinstance(spec, Reinforcing) else ()

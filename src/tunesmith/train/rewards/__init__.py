@@ -3,10 +3,27 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from tunesmith.data.verify import check_rules
+from tunesmith.errors import FailureClass, JobFailure, ValidationError
 from tunesmith.spec.pipe import Plan
-from tunesmith.spec.rewards import ExactMatch, RewardModel, RewardSource, TrainedModel
+from tunesmith.spec.rewards import (
+    ExactMatch,
+    JsonSchema,
+    Numeric,
+    Regex,
+    RewardModel,
+    RewardSource,
+    Rouge,
+    TrainedModel,
+)
 from tunesmith.train.rewarding import Judged, Rewarder, Scorer
 from tunesmith.train.rewards.matching import ExactMatching
+from tunesmith.train.rewards.rules import (
+    NumberMatching,
+    PatternMatching,
+    SchemaMatching,
+    WordSharing,
+)
 from tunesmith.train.rewards.scoring import ModelScoring
 
 TRAINED = "\0trained"
@@ -41,6 +58,10 @@ class Together:
 
 def open_rewarders(sources: Sequence[RewardSource], bench: Bench) -> Rewarder:
     """Raises JobFailure."""
+    try:
+        check_rules(sources)
+    except ValidationError as error:
+        raise JobFailure(FailureClass.USER_ERROR, error.message) from error
     return Together(
         names=_names([source.kind for source in sources]),
         weights=tuple(source.weight for source in sources),
@@ -52,6 +73,14 @@ def _open(source: RewardSource, bench: Bench) -> Scorer:
     match source:
         case ExactMatch():
             return ExactMatching()
+        case Numeric():
+            return NumberMatching(source)
+        case Regex():
+            return PatternMatching(source, bench.warn)
+        case JsonSchema():
+            return SchemaMatching(source)
+        case Rouge():
+            return WordSharing()
         case RewardModel():
             return _scoring(source.model, bench)
         case TrainedModel():

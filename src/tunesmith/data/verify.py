@@ -1,0 +1,180 @@
+"""Whether an answer holds by a rule: its last number, a pattern, a JSON schema.
+
+Pattern and schema come from a user, the answer from a model in training: each look is bounded, by
+time where a pattern is matched, by a count of keywords where a schema is walked.
+"""
+
+import json
+import math
+import re
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import regex
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError
+from jsonschema.exceptions import ValidationError as Mismatch
+from jsonschema.validators import extend
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
+
+from tunesmith.errors import ValidationError
+from tunesmith.spec.rewards import JsonSchema, Regex, RewardSource
+
+SECONDS = 1.0
+"""For one match."""
+MOST_KEYWORDS = 20_000
+"""Looked at for one answer."""
+_NUMBER = re.compile(
+    r"(?<![A-Za-z0-9_.])[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:[eE][-+]?\d{1,3})?"
+)
+_REFUSED = frozenset(
+    ("patternProperties", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef")
+)
+_OF_NAMES = frozenset(("properties", "$defs", "definitions", "dependentSchemas"))
+_NO_SCHEMA = frozenset(("enum", "const", "default", "examples"))
+
+
+def last_number(text: str) -> float | None:
+    """The last one that is written in digits, 1,234.5 and ３ among them; None where there is none.
+
+    A sign counts where it does not follow a letter or digit.
+    """
+    plain = unicodedata.normalize("NFKC", text).replace("\N{MINUS SIGN}", "-")
+    found = None
+    for match in _NUMBER.finditer(plain):
+        found = match
+    if found is None:
+        return None
+    value = float(found.group().replace(",", ""))
+    return value if math.isfinite(value) else None
+
+
+class Pattern:
+    def __init__(self, text: str) -> None:
+        """Raises ValidationError where it is no pattern."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._pattern = regex.compile(text)
+        except (regex.error, OverflowError, RecursionError, MemoryError) as error:
+            raise ValidationError(f"the pattern cannot be read: {error}") from None
+
+    def is_in(self, text: str) -> bool:
+        """Raises TimeoutError where it takes longer than `SECONDS`."""
+        return self._pattern.search(text, timeout=SECONDS) is not None
+
+
+class Schema:
+    """A JSON schema of draft 2020-12, without what looks elsewhere or cannot be bounded."""
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        """Raises ValidationError with what is wrong in it."""
+        try:
+            Draft202012Validator.check_schema(schema)
+        except SchemaError as error:
+            where = "/".join(map(str, error.absolute_path))
+            raise ValidationError(f"the schema is none, at {where!r}: {error.message}") from None
+        except RecursionError:
+            raise ValidationError("the schema is nested too deeply") from None
+        self._budget = _Budget()
+        known = {
+            name: _counted(function, self._budget)
+            for name, function in {**Draft202012Validator.VALIDATORS, "pattern": _matches}.items()
+        }
+        kind = extend(Draft202012Validator, known)
+        self._validator = kind(schema, registry=Registry())
+        _check_keywords(schema)
+
+    def holds(self, text: str) -> bool:
+        """Whether the text is JSON that the schema allows. What takes too long to tell, is not."""
+        self._budget.left = MOST_KEYWORDS
+        try:
+            return bool(self._validator.is_valid(json.loads(text, parse_constant=_refuse)))
+        except (ValueError, RecursionError, ArithmeticError, _Spent):
+            return False
+
+
+def check_rules(sources: Iterable[RewardSource]) -> None:
+    """Raises ValidationError where a pattern or a schema of them is none."""
+    for source in sources:
+        if isinstance(source, Regex):
+            Pattern(source.pattern)
+        if isinstance(source, JsonSchema):
+            Schema(source.json_schema)
+
+
+class _Spent(Exception):
+    pass
+
+
+@dataclass
+class _Budget:
+    left: int = MOST_KEYWORDS
+
+    def take(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise _Spent
+
+
+def _counted(function: Callable[..., Any], budget: _Budget) -> Callable[..., Iterator[Any]]:
+    def keyword(*given: Any) -> Iterator[Any]:
+        budget.take()
+        yield from function(*given) or ()
+
+    return keyword
+
+
+def _matches(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[Mismatch]:
+    if not validator.is_type(instance, "string"):
+        return
+    try:
+        is_in = regex.search(pattern, instance, timeout=SECONDS) is not None
+    except (TimeoutError, regex.error):
+        is_in = False
+    if not is_in:
+        yield Mismatch("does not match")
+
+
+def _check_keywords(schema: Any) -> None:
+    """Raises ValidationError for what is not looked at here, and for what leads nowhere."""
+    here = Registry().with_resource("", DRAFT202012.create_resource(schema)).resolver("")
+    for word, value in _keywords(schema):
+        if word in _REFUSED:
+            raise ValidationError(f"the schema's {word} is not looked at here; say it otherwise")
+        if word == "$ref" and not str(value).startswith("#"):
+            raise ValidationError(
+                f"the schema's $ref {str(value)[:80]!r} leads elsewhere; give it within, by #/…"
+            )
+        if word == "$ref":
+            try:
+                here.lookup(str(value))
+            except Unresolvable:
+                raise ValidationError(
+                    f"the schema's $ref {str(value)[:80]!r} leads nowhere"
+                ) from None
+
+
+def _keywords(schema: Any, is_of_names: bool = False) -> Iterator[tuple[str, Any]]:
+    if isinstance(schema, list | tuple):
+        for one in schema:
+            yield from _keywords(one)
+    if not isinstance(schema, Mapping):
+        return
+    for word, value in schema.items():
+        if is_of_names:
+            yield from _keywords(value)
+            continue
+        yield word, value
+        if word not in _NO_SCHEMA:
+            yield from _keywords(value, word in _OF_NAMES)
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(word)
