@@ -26,6 +26,7 @@ PROOFS = {
     "sim": "the store under a virtual clock, and with each guard removed",
     "storm": "kills and zombies in a busy house",
     "parity": "losses and weights across kills",
+    "resume": "every method, broken off and gone on with",
     "torn": "kills while a checkpoint is written, flipped bytes",
     "cancel": "cancels against claims, steps and ends",
     "broker": "Redis down, flushed, and saying things six times",

@@ -7,7 +7,7 @@ import pytest
 
 from prove.sim import Stage, _play, _processes
 from prove.sim.mutants import MUTANTS, Mutant
-from prove.sim.tally import Tally
+from prove.sim.tally import Sum, Tally
 from prove.sim.worker import Played, first_fault, play_all
 from servers import Postgres
 
@@ -27,7 +27,7 @@ def test_schedules_on_postgresql_have_no_fault(postgres: Postgres) -> None:
 
 
 def test_a_run_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
-    def played(record: Path, count: int) -> list[Played]:
+    def played(record: Path, count: int) -> list[Sum]:
         stage = Stage("sqlite", lambda: "sqlite://", Tally(record))
         with _processes() as pool:
             return list(_play(pool, 1, count, stage, lambda *_: None))
@@ -35,6 +35,7 @@ def test_a_run_goes_on_where_it_was_broken_off(tmp_path: Path) -> None:
     record = tmp_path / "record"
     first = played(record, 2)
     lines = record.read_text().splitlines()
+    assert first == [Sum.of(play_all(range(1, 3), "sqlite://"))]
     assert played(record, 2) == first
     assert record.read_text().splitlines() == lines
     assert Tally(record, code="other").known("sqlite", range(1, 3)) is None

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from prove.proof import Figure, Progress, Result, Setting
 from prove.sim.mutants import MUTANTS
-from prove.sim.tally import Tally
-from prove.sim.worker import Played, first_fault, play_all
+from prove.sim.tally import Sum, Tally
+from prove.sim.worker import first_fault, play_all
 from servers import open_postgres
 
 BATCH = 50
@@ -58,7 +58,7 @@ def _processes(tasks: int | None = None) -> ProcessPoolExecutor:
 
 def _play(
     pool: ProcessPoolExecutor, seed: int, count: int, stage: Stage, show: Progress
-) -> Iterator[Played]:
+) -> Iterator[Sum]:
     """A database of its own for each batch."""
     waiting, done = {}, 0
     for start in range(seed, seed + count, BATCH):
@@ -67,22 +67,23 @@ def _play(
         if known is None:
             waiting[pool.submit(play_all, batch, stage.database())] = batch
             continue
-        done += len(known)
-        yield from known
+        done += known.schedules
+        yield known
     for future in as_completed(waiting):
-        found = future.result()
+        found = Sum.of(future.result())
         stage.tally.keep(stage.name, waiting[future], found)
-        done += len(found)
+        done += found.schedules
         show(done, count, f"{done} schedules")
-        yield from found
+        yield found
 
 
-def _schedules(name: str, played: list[Played]) -> Figure:
-    broken = [one for one in played if one.faults]
-    told = f"{len(played)} schedules, {sum(one.acts for one in played)} acts, {len(broken)} broken"
+def _schedules(name: str, batches: list[Sum]) -> Figure:
+    broken = [one for batch in batches for one in batch.broken]
+    schedules, acts = sum(one.schedules for one in batches), sum(one.acts for one in batches)
+    told = f"{schedules} schedules, {acts} acts, {len(broken)} broken"
     if broken:
-        first = min(broken)
-        told += f"; seed {first.seed}: {first.faults[0]}"
+        seed, fault = min(broken)
+        told += f"; seed {seed}: {fault}"
     return Figure(f"schedules on {name}", "0 violations", told, not broken)
 
 

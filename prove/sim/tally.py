@@ -1,20 +1,36 @@
 """Which schedules this very code has played, a line a batch, so that hours of it can be broken off.
 
-What is kept counts for nothing once the store, its vocabulary or the simulator is another.
+What is kept counts for nothing once the store, the states of its rows or the simulator is another.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from prove.sim.worker import Played
 
 HOME = Path(__file__).parents[2]
-PLAYED = ("src/tunesmith/store", "src/tunesmith/spec", "src/tunesmith/errors.py", "prove/sim")
+PLAYED = ("src/tunesmith/store", "src/tunesmith/spec/records.py", "prove/sim")
 BESIDE = ("tests/store_fixtures.py",)
 Batch = tuple[str, int, int]
 """Database, first seed, the seed after the last."""
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What came of a batch. Every schedule can be played again by its seed."""
+
+    schedules: int
+    acts: int
+    broken: tuple[tuple[int, str], ...] = ()
+    """Seeds, each with its first fault."""
+
+    @classmethod
+    def of(cls, played: Sequence[Played]) -> "Sum":
+        broken = tuple((one.seed, one.faults[0]) for one in played if one.faults)
+        return cls(len(played), sum(one.acts for one in played), broken)
 
 
 @dataclass
@@ -22,7 +38,7 @@ class Tally:
     path: Path | None
     """None keeps nothing."""
     code: str = field(default_factory=lambda: digest())
-    _known: dict[Batch, list[Played]] = field(default_factory=dict)
+    _known: dict[Batch, Sum] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.path is None or not self.path.exists():
@@ -30,30 +46,29 @@ class Tally:
         for line in self.path.read_text("utf-8").splitlines():
             told = json.loads(line)
             if told["code"] == self.code:
-                played = [
-                    Played(seed, tuple(faults), acts) for seed, faults, acts in told["played"]
-                ]
-                self._known[tuple(told["batch"])] = played  # type: ignore[index]
+                broken = tuple((seed, fault) for seed, fault in told["broken"])
+                batch: Batch = tuple(told["batch"])
+                self._known[batch] = Sum(batch[2] - batch[1], told["acts"], broken)
 
-    def known(self, database: str, seeds: range) -> list[Played] | None:
+    def known(self, database: str, seeds: range) -> Sum | None:
         return self._known.get((database, seeds.start, seeds.stop))
 
-    def keep(self, database: str, seeds: range, played: list[Played]) -> None:
+    def keep(self, database: str, seeds: range, found: Sum) -> None:
         if self.path is None:
             return
         batch = [database, seeds.start, seeds.stop]
-        line = json.dumps({"code": self.code, "batch": batch, "played": played})
+        told = {"code": self.code, "batch": batch, "acts": found.acts, "broken": found.broken}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(told) + "\n")
 
 
 def digest() -> str:
-    """Of all sources that decide what a schedule does."""
+    """Of the sources that decide what a schedule does."""
     places = [path for name in PLAYED for path in _sources(HOME / name)]
     found = hashlib.sha256()
     for path in sorted([*places, *(HOME / name for name in BESIDE)]):
         found.update(path.relative_to(HOME).as_posix().encode() + b"\0" + path.read_bytes())
-    return found.hexdigest()
+    return found.hexdigest()[:32]
 
 
 def _sources(place: Path) -> list[Path]:
