@@ -1,6 +1,7 @@
 """POST /train/config: a configuration's file over HTTP, of any method."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from api_fixtures import LOCAL, copy_model, hub_of, make_workspace, open_door
 from house import preferences
 from task_files import LORA, SFT, sentencepiece_model
 from train_fixtures import write_rows
+from tunesmith.errors import NotFoundError
 from tunesmith.hub.principal import Principal
 from tunesmith.hub.tokenizers import renderer
 from tunesmith.spec.train import Kto, Lora, Sft
@@ -141,6 +143,19 @@ def test_a_tokenizer_stands_in_for_one_that_the_model_has_not(door: TestClient) 
     (place / "t.model").write_bytes(b"changed")
     assert renderer(job.tokenizer).encode_text("river")
     assert hub_of(door).store.read(pinned) >= {job.tokenizer.sha256}
+
+
+def test_a_stage_of_a_job_that_runs_is_found_by_name(door: TestClient) -> None:
+    hub, who = hub_of(door), Principal.local()
+    job_id = send(door, here(SFT)).json()["job_id"]
+    for fence in (2, 10):
+        stages = hub.settings.home / "jobs" / job_id / "attempts" / str(fence) / "stages"
+        shutil.copytree(hub.workspace / "models" / "tiny", stages / "step-5")
+    found = hub.find_model(f"ft:tiny:local::{job_id}:step-5", who)
+    assert found.folder.path == stages / "step-5"
+    for name in ("step-6", "step-05", "..", "step-5/../step-5"):
+        with pytest.raises(NotFoundError):
+            hub.find_model(f"ft:tiny:local::{job_id}:{name}", who)
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,23 @@ def test_the_contracts_pretraining_file_runs_as_it_stands(tasked: House) -> None
     assert said.json()["usage"]["prompt_tokens"] == len(theirs.encode("강물"))
 
 
+def test_a_model_on_the_way_answers_and_can_be_tuned_on(tasked: House) -> None:
+    text = "task_type: pretrain\nmodel: llama2-7b\ndata: datasets/pretrain_corpus.jsonl\n"
+    sizes = "length: 32\nbatch: 2\nsave_steps: 5\nkeep_stages: 2\n"
+    job, folder, _ = configured(tasked, text + sizes)
+    stages = sorted((path.name for path in folder.glob("step-*")), key=lambda name: int(name[5:]))
+    last = max(job["steps"]) // 5 * 5
+    assert stages == [f"step-{last - 5}", f"step-{last}"]
+    name = f"{job['fine_tuned_model']}:{stages[0]}"
+    asked = {"model": name, "prompt": "강물", "max_tokens": 4}
+    with tasked.client as client:
+        listed = client.get("/v1/models", headers=KEY).json()["data"]
+        assert name in [model["id"] for model in listed]
+        assert client.post("/v1/completions", json=asked, headers=KEY).status_code == 200
+    tuned = tasked.wait_end(tasked.submit(model_name=f"outputs/{folder.name}/{stages[0]}"))
+    assert tuned["status"] == "completed", tuned
+
+
 def test_an_ended_output_folder_is_replaced_and_a_foreign_one_is_left_alone(house: House) -> None:
     first = house.submit(output_dir="outputs/named", max_steps=1)
     assert house.wait_end(first)["status"] == "completed"

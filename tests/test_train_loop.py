@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.rows import RowIndex
 from tunesmith.errors import FailureClass, JobFailure, NotFoundError
 from tunesmith.nn.language import open_model
-from tunesmith.spec.pipe import KNOWN, Inputs, Plan
+from tunesmith.spec.pipe import KNOWN, STAGES, Inputs, Plan
 from tunesmith.spec.train import Lora, Pretrain, Run
 from tunesmith.train.batches import Shuffle
 from tunesmith.train.failure import tell
@@ -567,6 +568,30 @@ def test_a_tokenizer_that_is_brought_along_is_gone_on_with_and_named_in_the_mode
     assert "340 tokens, and the model has room for 320" in str(
         failure(place.task(spec, inputs=inputs))
     )
+
+
+def test_models_on_the_way_stay_and_survive_a_resume(place):
+    dataset = write_rows(place.folder / "way.jsonl", [document(at) for at in range(40)])
+    inputs = Inputs(model=str(place.model), dataset=str(dataset))
+    run = Run(save_steps=2, keep_checkpoints=9, save_seconds=3600)
+    optim = {"batch_size": 4, "max_steps": 7}
+    spec = Pretrain(model="m", dataset="d", sequence_length=32, optim=optim, run=run)
+    first = place.task(spec, inputs=inputs)
+    whole = run_here(first)
+    assert len(list(Path(whole.last["artifact"]).glob("step-*"))) == 3
+    shutil.rmtree(Path(first.attempt_dir) / STAGES / "step-4")  # killed before it was named
+    fewer = spec.model_copy(update={"keep_stages": 2})
+    resume = whole.of("checkpointed")[1]["path"]
+    folder = Path(run_here(place.task(fewer, inputs=inputs, resume_from=resume)).last["artifact"])
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-4", "step-6"]
+    manifest.verify(folder)
+    for name in ("step-4", "step-6"):
+        AutoModelForCausalLM.from_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(folder / name)
+        assert json.loads((folder / name / "training.json").read_bytes())["step"] == int(name[5:])
+        stages = (folder / name, Path(whole.last["artifact"]) / name)
+        ours, theirs = (load_file(stage / "model.safetensors") for stage in stages)
+        assert all(torch.equal(one, theirs[key]) for key, one in ours.items())
 
 
 def test_pretraining_refuses_rows_that_are_no_text(place):

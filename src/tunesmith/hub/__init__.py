@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tunesmith.data.reading import Reading
 from tunesmith.data.render import Renderer
 from tunesmith.errors import NoSpaceError, NotFoundError, TuningAPIError
-from tunesmith.hub import data, forecast, mlflow, names, submit, trials
+from tunesmith.hub import data, forecast, mlflow, names, stages, submit, trials
 from tunesmith.hub.asked import Request
 from tunesmith.hub.bell import Bell
 from tunesmith.hub.checks import Checks
@@ -281,7 +281,9 @@ class Hub:
         for line in self.lines(who, listing.Wanted([JobState.SUCCEEDED])):
             name = names.tuned_name(line)
             if name is not None:
-                inner = [f"{name}:{one}" for one in trials.names_in(line.artifact)]
+                is_staged = line.method == "pretrain"
+                parts = stages.names_in if is_staged else trials.names_in
+                inner = [f"{name}:{one}" for one in parts(line.artifact)]
                 found += [(one, line.finished_at or 0.0, line.owner) for one in (name, *inner)]
         return found
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from tunesmith.errors import BadRequestError, NotFoundError
-from tunesmith.hub import remote, trials
+from tunesmith.hub import remote, stages, trials
 from tunesmith.hub.cache import Snapshot
 from tunesmith.hub.folder import ModelFolder, read
 from tunesmith.hub.principal import Principal
@@ -54,7 +54,7 @@ def find_model(
 ) -> FoundModel:
     """Raises NotFoundError (nothing has that name), BadRequestError (leaves the workspace)."""
     if name.startswith("ft:"):
-        return _tuned(store, name, who, field)
+        return _tuned(store, settings, name, who, field)
     path = confine(name, settings.workspace, settings.allowed_roots, field)
     if path.is_dir():
         found = read(path, field)
@@ -113,7 +113,8 @@ def find_data(
 def tuned_name(line: Line) -> str | None:
     """`ft:<last part of the root base>:<org>:<suffix>:<job id>`, once there is a model.
 
-    Of a job of several configurations it is the best one's; `:<configuration>` after it names each.
+    Of a job of several configurations it is the best one's; `:<configuration>` after it names each,
+    as `:step-<n>` names a stage of a pretraining, before its end too.
     """
     if line.state != JobState.SUCCEEDED or line.artifact is None:
         return None
@@ -153,18 +154,25 @@ def _base_of(record: Path, _stamp: tuple[int, ...]) -> Path | None:
         return None
 
 
-def _tuned(store: Store, name: str, who: Principal, field: str) -> FoundModel:
+def _tuned(store: Store, settings: Settings, name: str, who: Principal, field: str) -> FoundModel:
     whole, _, last = name.rpartition(":")
     job, place = _job(store, last, who), None
     if job is not None and job.artifact is not None:
         place = Path(job.artifact)
-    elif (job := _job(store, whole.rpartition(":")[2], who)) and job.artifact is not None:
-        place = trials.place_of(job.artifact, last)
+    elif job := _job(store, whole.rpartition(":")[2], who):
+        place = _part(settings, job, last)
     if job is None or place is None:
         raise NotFoundError(
             f"{field}: no tuned model {name!r}; GET /v1/models lists them", param=field
         )
     return FoundModel(name, read(place, field), job.owner)
+
+
+def _part(settings: Settings, job: Job, name: str) -> Path | None:
+    """What a job made beside its model: a configuration's adapter, or a stage on the way."""
+    if job.artifact is None:
+        return stages.on_the_way(settings.home, job.id, name)
+    return trials.place_of(job.artifact, name) or stages.place_of(job.artifact, name)
 
 
 def _job(store: Store, job_id: str, who: Principal) -> Job | None:

@@ -52,7 +52,17 @@ def _reference(spec: TrainSpec, model: ModelFolder) -> int:
 def disk_bytes(spec: TrainSpec, model: ModelFolder) -> int:
     """Checkpoints that are kept, one being written, and the artifact."""
     kept = (spec.run.keep_checkpoints + 1) * checkpoint_bytes(spec, model)
-    return kept + 4 * trained(spec, model) + _taught(spec, model) + (16 << 20)
+    models = 4 * trained(spec, model) * (1 + _stages(spec))
+    return kept + models + _taught(spec, model) + (16 << 20)
+
+
+def _stages(spec: TrainSpec) -> int:
+    """Models on the way that stay."""
+    every = spec.run.save_steps
+    if not isinstance(spec, Pretrain) or every is None:
+        return 0
+    most = spec.optim.max_steps
+    return spec.keep_stages if most is None else min(spec.keep_stages, most // every)
 
 
 def _taught(spec: TrainSpec, model: ModelFolder) -> int:

@@ -19,6 +19,9 @@ KNOWN = "checkpoints/.known"
 """In an attempt's folder: the name of the newest checkpoint that the API has accepted, written by
 the worker. A trainer lets go of all but the newest ones and that one."""
 
+STAGES = "stages"
+"""In an attempt's folder: models of a pretraining as they were on the way, `step-<n>/`, whole."""
+
 
 class Plan(Strict):
     """What is fixed at a job's first claim, so that every attempt computes the same bits."""

@@ -389,6 +389,9 @@ class Pretrain(Data):
     """Remove control characters; else a document that holds one is refused."""
     from_scratch: bool = True
     sequence_length: int = Field(256, ge=8, le=MAX_LENGTH_LIMIT)
+    keep_stages: int = Field(10, ge=0, le=1000)
+    """With `run.save_steps` the model of each such step stays, as `step-<n>/` in the result; of
+    more than so many the newest. 0: none does."""
     optim: PretrainOptim = PretrainOptim()
 
 

@@ -48,6 +48,7 @@ from tunesmith.train.rewards import TRAINED, Bench, open_rewarders
 from tunesmith.train.rollout import Rollouts, Wish
 from tunesmith.train.sets import open_sets
 from tunesmith.train.source import RowSource, read_row
+from tunesmith.train.stages import Stages
 from tunesmith.train.standing import Standing
 
 TELL_SECONDS = 30.0
@@ -125,6 +126,7 @@ class Job:
         try:
             if saved is not None:
                 loop.restore(saved)
+                self._adopt_stages(saved)
             self._start(opened, loop)
             is_whole = loop.run()
             if is_whole:
@@ -366,6 +368,7 @@ class Job:
                 baseline=[] if compared is None else compared.before,
                 kept={**method.kept, **(evaluation.kept if evaluation is not None else {})},
                 shelf=self._shelf(),
+                stages=self._stages(),
                 save_model=lambda folder: self._save_model(opened, folder),
                 send=self._report.send,
                 asks=self._asks,
@@ -433,7 +436,7 @@ class Job:
         if not loop.is_total_exact:
             self._tell_omissions(method)
         record = self._record(opened, loop, method)
-        path, digest = self._write_artifact(lambda folder: self._save_model(opened, folder), record)
+        path, digest = self._write_artifact(lambda folder: self._save_all(opened, folder), record)
         self._report.send(
             Finished(
                 step=loop.counts.step,
@@ -467,6 +470,28 @@ class Job:
 
     def _shelf(self) -> Shelf:
         return Shelf(Path(self._task.attempt_dir), self._spec.run.keep_checkpoints)
+
+    def _save_all(self, opened: Opened, folder: Path) -> None:
+        """The model, and those on the way."""
+        self._save_model(opened, folder)
+        if (stages := self._stages()) is not None:
+            stages.place(folder)
+
+    def _stages(self) -> Stages | None:
+        spec, every = self._spec, self._spec.run.save_steps
+        if not isinstance(spec, Pretrain) or not spec.keep_stages or every is None:
+            return None
+        record = {
+            "job_id": self._task.job_id,
+            "spec": spec.model_dump(mode="json"),
+            "base_model": self._task.inputs.name_of_model,
+        }
+        return Stages(Path(self._task.attempt_dir), every, spec.keep_stages, record)
+
+    def _adopt_stages(self, saved: Saved) -> None:
+        stages = self._stages()
+        if stages is not None and self._group.is_first:
+            stages.adopt(saved.folder, saved.state["counts"]["step"])
 
     def _record(self, opened: Opened, loop: Loop, method: Method) -> dict[str, Any]:
         counts = loop.counts

@@ -32,6 +32,7 @@ from tunesmith.train.process import Asks
 from tunesmith.train.report import finite, finite_only
 from tunesmith.train.scaling import LossScale
 from tunesmith.train.schedule import learning_rate
+from tunesmith.train.stages import Stages
 from tunesmith.train.standing import Standing
 from tunesmith.train.steps import Steps
 
@@ -70,6 +71,7 @@ class Parts:
     kept: Mapping[str, Tensor]
     """Tensors that every checkpoint is to hold beside."""
     shelf: Shelf
+    stages: Stages | None
     save_model: Callable[[Path], None]
     send: Callable[[TrainerEvent], None]
     asks: Asks
@@ -369,7 +371,10 @@ class Loop:
         snapshot = self._snapshot()
         try:
             if self._group.is_first:
-                self._parts.send(self._parts.shelf.write(snapshot))
+                written = self._parts.shelf.write(snapshot)
+                self._parts.send(written)
+                if self._parts.stages is not None:
+                    self._parts.stages.add(Path(written.path), written.step)
                 self._parts.shelf.thin()
             self._saved_step = self.counts.step
         except Exception as error:

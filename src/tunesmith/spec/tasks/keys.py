@@ -193,6 +193,7 @@ KEYS: tuple[Key, ...] = (
         "checkpoints that are kept",
         "keep_checkpoints",
     ),
+    _key("keep_stages", "keep_stages", "with save_steps: models on the way that stay, `step-<n>/`"),
     _key("logging_steps", "run.logging_steps", "steps between reported losses", "log_steps"),
     _key("eval_steps", "run.eval_steps", "steps between evaluations; also after each epoch"),
     _key(
