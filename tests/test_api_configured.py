@@ -16,6 +16,7 @@ from train_fixtures import write_rows
 from tunesmith.errors import NotFoundError
 from tunesmith.hub.principal import Principal
 from tunesmith.hub.tokenizers import renderer
+from tunesmith.spec.rewards import RewardService
 from tunesmith.spec.train import Kto, Lora, Sft
 from tunesmith.spec.yaml_guard import MAX_BYTES
 from tunesmith.store.listing import pinned
@@ -201,7 +202,8 @@ def test_the_client_sends_a_file_or_a_mapping(tmp_path: Path, door: TestClient) 
 def test_a_reward_model_is_pinned_and_counted(door: TestClient) -> None:
     workspace = hub_of(door).workspace
     folder = copy_model(workspace, "rm", architectures=["LlamaForSequenceClassification"])
-    text = "method: grpo\nmodel: models/tiny\ndataset: data/pairs.jsonl\nrewards:\n- kind: "
+    text = "method: grpo\nmodel: models/tiny\ndataset: data/pairs.jsonl\n"
+    text += "max_completion_length: 16\nrewards:\n- kind: "
     plain = hub_of(door).job(send(door, text + "exact_match").json()["job_id"], Principal.local())
     answer = send(door, text + "model\n  model: models/rm")
     job = hub_of(door).job(answer.json()["job_id"], Principal.local())
@@ -222,6 +224,7 @@ def test_what_is_no_reward_model_is_refused_at_once(
     door: TestClient, name: str, why: str, status: int
 ) -> None:
     body = {"method": "grpo", "model": "models/tiny", "dataset": "data/pairs.jsonl"}
+    body |= {"max_completion_length": 16}
     rewards = [{"kind": "model", "model": name}]
     answer = door.post("/train/config", json=body | {"rewards": rewards})
     assert answer.status_code == status
@@ -231,7 +234,25 @@ def test_what_is_no_reward_model_is_refused_at_once(
 
 def test_a_rule_that_is_none_is_refused_at_once(door: TestClient) -> None:
     body = {"method": "grpo", "model": "models/tiny", "dataset": "data/pairs.jsonl"}
+    body |= {"max_completion_length": 16}
     rewards = [{"kind": "json_schema", "json_schema": {"$ref": "http://127.0.0.1/schema"}}]
     answer = door.post("/train/config", json=body | {"rewards": rewards})
     assert answer.status_code == 422
     assert "rewards: the schema's $ref" in answer.text
+
+
+def test_a_reward_service_may_be_no_closed_address(door: TestClient) -> None:
+    text = "task_type: rl\nalgorithm: grpo\nmodel: models/tiny\ndataset: data/pairs.jsonl\n"
+    text += "max_new_tokens: 16\n"
+    answer = send(door, text + "reward_model: http://169.254.169.254/latest\n")
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith("reward_model: 169.254.169.254 is never")
+    spec = spec_of(door, send(door, text + "reward_model: http://127.0.0.1:9000/score\n"))
+    assert spec.rewards == (RewardService(url="http://127.0.0.1:9000/score"),)
+
+
+def test_completions_that_leave_no_room_for_a_prompt_are_refused_at_once(door: TestClient) -> None:
+    body = {"method": "grpo", "model": "models/tiny", "dataset": "data/pairs.jsonl"}
+    answer = door.post("/train/config", json=body)
+    assert answer.status_code == 400
+    assert "max_completion_length: 512 leaves no room for a prompt" in answer.json()["detail"]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from receivers import Receiver
+from tunesmith.addresses import LOOPBACK, Refused, refusal
 from tunesmith.errors import BadRequestError
-from tunesmith.hub.addresses import LOOPBACK, Refused, refusal
 from tunesmith.hub.delivery import Answer, Sender, check_url
 
 

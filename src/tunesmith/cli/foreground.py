@@ -55,6 +55,8 @@ from tunesmith.spec.train import AnySpec, Pretrain, reward_models
 
 _EVENT: TypeAdapter[TrainerEvent] = TypeAdapter(TrainerEvent)
 _LOG_TAIL_BYTES = 4000
+EVERYWHERE = ("0.0.0.0/0", "::/0")
+"""Who trains here may ask whom he likes, but for addresses that are closed to all."""
 _TOKENIZER = "packed.tokenizer"
 
 
@@ -83,6 +85,7 @@ class Foreground:
             dataset=_found(name("dataset"), spec.dataset),
             eval_dataset=spec.eval_dataset and _found(name("eval_dataset"), spec.eval_dataset),
             reward_models={one: _found(name("rewards"), one) for one in reward_models(spec)},
+            networks=EVERYWHERE,
             tokenizer=_tokenizer(spec, name("tokenizer")),
         )
         target = out or Path(asked.output_dir or f"outputs/{path.stem}")

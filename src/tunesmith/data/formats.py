@@ -20,7 +20,7 @@ prompts            {"prompt" or "messages", "reference"? or "answer"?, "tools"?}
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
@@ -89,6 +89,8 @@ class Row:
     margin: float | None = None
     reference: str | None = None
     adapter: RowAdapter | None = None
+    metadata: Any = field(default=None, compare=False)
+    """As the row has it: for whoever rewards its completions."""
 
 
 class RowFault(ValidationError):
@@ -137,6 +139,7 @@ class _OpenAI(msgspec.Struct):
     parallel_tool_calls: bool | None = None
     system_prompt: Text | None = None
     input_template: Text | None = None
+    metadata: Any = None
 
 
 class _Alpaca(msgspec.Struct):
@@ -153,6 +156,7 @@ class _Pair(msgspec.Struct):
     prompt: Text | _Messages
     completion: Text | _Messages
     tools: _Tools | None = None
+    metadata: Any = None
 
 
 class _Said(msgspec.Struct):
@@ -176,6 +180,7 @@ class _Unpaired(msgspec.Struct):
     completion: Text | _Messages
     label: bool
     tools: _Tools | None = None
+    metadata: Any = None
 
 
 _Margin = Annotated[float, msgspec.Meta(ge=-MAX_SCORE, le=MAX_SCORE)]
@@ -187,6 +192,7 @@ class _Preference(msgspec.Struct):
     prompt: Text | _Messages | None = None
     margin: _Margin | None = None
     tools: _Tools | None = None
+    metadata: Any = None
 
 
 class _Input(msgspec.Struct):
@@ -199,6 +205,7 @@ class _OpenAIPreference(msgspec.Struct):
     input: _Input
     preferred_output: _Messages
     non_preferred_output: _Messages
+    metadata: Any = None
 
 
 class _Response(msgspec.Struct):
@@ -209,6 +216,7 @@ class _Response(msgspec.Struct):
 class _Scored(msgspec.Struct):
     prompt: Text | _Messages
     responses: Annotated[list[_Response], msgspec.Meta(min_length=1, max_length=MAX_RESPONSES)]
+    metadata: Any = None
 
 
 class _Prompts(msgspec.Struct):
@@ -217,6 +225,7 @@ class _Prompts(msgspec.Struct):
     reference: Text | int | float | None = None
     answer: Text | int | float | None = None
     tools: _Tools | None = None
+    metadata: Any = None
 
 
 _SPEAKERS: dict[str, Literal["system", "user", "assistant", "tool"]] = {
@@ -285,7 +294,9 @@ def parse(line: bytes, format: Format, number: int) -> Row:
     except ValueError:
         raise Wrong(_encoding(line)) from None
     refuse_duplicates(line)
-    return _BUILD[format](shape, number)
+    row = _BUILD[format](shape, number)
+    metadata = getattr(shape, "metadata", None)
+    return row if metadata is None else replace(row, metadata=metadata)
 
 
 def fields(line: bytes) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from email.utils import parsedate_to_datetime
 import httpx2
 
 from tunesmith import VERSION
+from tunesmith.addresses import Network, Refused, Resolve, open_addresses, resolve
 from tunesmith.errors import BadRequestError
-from tunesmith.hub.addresses import Network, Refused, Resolve, open_addresses, resolve
+from tunesmith.hub.remote import started
 
 TOTAL_SECONDS = 10.0
 CONNECT_SECONDS = 4.0
@@ -49,28 +50,30 @@ def _hmac(secret: str, signed: bytes) -> str:
     return base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
 
 
-def check_url(text: str) -> httpx2.URL:
+def check_url(text: str, field: str = "url") -> httpx2.URL:
     """Raises BadRequestError for what is no plain http(s) address."""
     try:
         url = httpx2.URL(text)
     except (httpx2.InvalidURL, UnicodeError, ValueError):
-        raise _bad("it can't be read as a URL") from None
+        raise _bad(field, "it can't be read as a URL") from None
     if url.scheme not in _PORTS:
-        raise _bad("it must begin with https:// or http://")
+        raise _bad(field, "it must begin with https:// or http://")
     if not url.host or "%" in url.host:
-        raise _bad("it names no host")
+        raise _bad(field, "it names no host")
     if url.userinfo or "@" in url.netloc.decode("ascii", "replace"):
-        raise _bad("a name or a password in it would be shown; leave it out")
+        raise _bad(field, "a name or a password in it would be shown; leave it out")
     if url.fragment:
-        raise _bad("it has a fragment (#…), which is never sent")
+        raise _bad(field, "it has a fragment (#…), which is never sent")
     port = _port(url)
     if not 0 < port < 65536 or (port < _OPEN_BELOW and port not in _PORTS.values()):
-        raise _bad(f"port {port}: give 80, 443, or one from {_OPEN_BELOW} to 65535")
+        raise _bad(field, f"port {port}: give 80, 443, or one from {_OPEN_BELOW} to 65535")
     return url
 
 
-def _bad(reason: str) -> BadRequestError:
-    return BadRequestError(f"url: {reason}; right would be https://example.com/hook", param="url")
+def _bad(field: str, reason: str) -> BadRequestError:
+    return BadRequestError(
+        f"{field}: {reason}; right would be https://example.com/hook", param=field
+    )
 
 
 def _port(url: httpx2.URL) -> int:
@@ -91,7 +94,10 @@ class Sender:
 
     async def judge(self, url: httpx2.URL) -> list[str]:
         """The addresses that a URL may be reached at. Raises Refused."""
-        return await open_addresses(url.host, _port(url), self._listed(), self._look_up)
+        host, port, listed = url.host, _port(url), self._listed()
+        return await asyncio.wrap_future(
+            started(lambda: open_addresses(host, port, listed, self._look_up))
+        )
 
     async def send(self, text: str, secrets: Sequence[str], message_id: str, body: str) -> Answer:
         """One try, within `TOTAL_SECONDS`. Raises nothing."""

@@ -13,6 +13,8 @@ from tunesmith.manifest import MANIFEST, BrokenManifest, verify
 from tunesmith.spec.hands import Assignment, HeldAttempt, Orders, Report, WorkAsk, WorkReply
 from tunesmith.spec.pipe import Inputs
 from tunesmith.spec.records import Job, JobState, Outcome
+from tunesmith.spec.rewards import services_in
+from tunesmith.spec.train import rewards_of
 from tunesmith.store import claims, endings, events, jobs
 from tunesmith.store.promotion import Promotion
 from tunesmith.work.place import network
@@ -186,7 +188,7 @@ class Hands:
             fence=claimed.fence,
             token=claimed.token,
             spec=job.spec,
-            inputs=_inputs(job),
+            inputs=_inputs(job, self._networks(job)),
             attempt_dir=str(folder / "attempts" / str(claimed.fence)),
             log_path=str(self._hub.log_path(job.id)),
             plan=job.plan,
@@ -200,6 +202,10 @@ class Hands:
             workspace=str(self._hub.workspace),
             is_remote=bool(ask.host.get("is_remote")),
         )
+
+    def _networks(self, job: Job) -> tuple[str, ...]:
+        has_service = bool(services_in(rewards_of(job.spec)))
+        return tuple(map(str, self._hub.webhooks.open_networks())) if has_service else ()
 
     def _nudges(self, ask: WorkAsk) -> tuple[HeldAttempt, ...]:
         """Held attempts that were asked to stop and have not been told yet."""
@@ -250,12 +256,13 @@ class Hands:
         return hashlib.sha256(body).hexdigest() == outcome.manifest_sha256
 
 
-def _inputs(job: Job) -> Inputs:
+def _inputs(job: Job, networks: tuple[str, ...]) -> Inputs:
     return Inputs(
         model=job.model.path,
         dataset=job.dataset.path,
         eval_dataset=None if job.eval_dataset is None else job.eval_dataset.path,
         reward_models={one.name: one.path for one in job.reward_models},
+        networks=networks,
         tokenizer=None if job.tokenizer is None else job.tokenizer.path,
     )
 

@@ -32,7 +32,15 @@ from tunesmith.manifest import BrokenManifest, verify
 from tunesmith.spec.estimate import Estimate
 from tunesmith.spec.hands import Capacity
 from tunesmith.spec.records import Job, Needs, NewJob, Source
-from tunesmith.spec.train import Pretrain, TrainSpec, reward_models, reward_training, rewards_of
+from tunesmith.spec.rewards import services_in
+from tunesmith.spec.train import (
+    Pretrain,
+    Reinforcing,
+    TrainSpec,
+    reward_models,
+    reward_training,
+    rewards_of,
+)
 from tunesmith.store import idempotency, jobs, reservations
 from tunesmith.store.files import confine
 
@@ -81,6 +89,8 @@ def _estimate(hub: "Hub", asked: Request, who: Principal) -> Estimate:
 
 
 async def _submit(hub: "Hub", asked: Request, who: Principal) -> Job:
+    for url in services_in(rewards_of(asked.spec)):
+        await hub.webhooks.check(url, asked.name("rewards"))
     new = await _new(hub, asked, who)
     key = None
     if asked.idempotency_key:
@@ -160,6 +170,15 @@ def _refuse_model(model: FoundModel, asked: Request) -> None:
             param=name,
         )
     is_from_scratch = isinstance(asked.spec, Pretrain) and asked.spec.from_scratch
+    context = model.folder.context_length
+    if isinstance(asked.spec, Reinforcing) and context:
+        longest, field = asked.spec.max_completion_length, asked.name("max_completion_length")
+        if longest >= context:
+            raise BadRequestError(
+                f"{field}: {longest:,} leaves no room for a prompt: the context of {model.name!r}, "
+                f"{context:,} tokens, holds both; lower it",
+                param=field,
+            )
     if not model.folder.has_weights and not is_from_scratch:
         raise BadRequestError(f"{name}: {model.name!r} has no safetensors weights", param=name)
 

@@ -5,8 +5,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from tunesmith.addresses import LOOPBACK, Network, Refused
 from tunesmith.errors import BadRequestError, RateLimitError
-from tunesmith.hub.addresses import LOOPBACK, Network, Refused
 from tunesmith.hub.delivery import Sender, check_url
 from tunesmith.hub.principal import Principal
 from tunesmith.store import outbox, webhooks
@@ -36,7 +36,7 @@ class Webhooks:
     async def make(self, who: Principal, name: str, url: str, types: Sequence[str]) -> Endpoint:
         """Raises BadRequestError: no such type, a URL that is closed, too many."""
         types = _known(types)
-        await self._check(url)
+        await self.check(url)
         return await self._hub.write(lambda tx: webhooks.make(tx, who.owner, name, url, types))
 
     def find(self, who: Principal, endpoint_id: str) -> Endpoint:
@@ -57,7 +57,7 @@ class Webhooks:
         self.find(who, endpoint_id)
         wanted = None if types is None else _known(types)
         if url is not None:
-            await self._check(url)
+            await self.check(url)
         return await self._hub.write(
             lambda tx: webhooks.change(
                 tx, endpoint_id, who.scope, name=name, url=url, event_types=wanted
@@ -104,14 +104,17 @@ class Webhooks:
             lambda tx: webhooks.redeliver(tx, endpoint_id, delivery_id, who.scope)
         )
 
-    async def _check(self, text: str) -> None:
-        """A name that can't be resolved now may be later; an address that is closed is refused."""
-        url = check_url(text)
+    async def check(self, text: str, field: str = "url") -> None:
+        """A name that can't be resolved now may be later; an address that is closed is refused.
+
+        Raises BadRequestError.
+        """
+        url = check_url(text, field)
         try:
             await self.sender.judge(url)
         except Refused as refused:
             if refused.is_final:
-                raise BadRequestError(f"url: {refused}", param="url") from None
+                raise BadRequestError(f"{field}: {refused}", param=field) from None
 
 
 def _known(types: Sequence[str]) -> list[str]:

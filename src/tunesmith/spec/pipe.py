@@ -49,6 +49,8 @@ class Inputs(Strict):
     eval_dataset: str | None = None
     reward_models: dict[str, str] = {}
     """By the name in the specification."""
+    networks: tuple[str, ...] = ()
+    """Beside the public Internet: where a reward service may be."""
     tokenizer: str | None = None
     """In place of the model's own, packed: see `data.brought`."""
     named: dict[str, str] = {}

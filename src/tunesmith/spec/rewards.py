@@ -2,6 +2,7 @@
 
 import json
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
@@ -72,6 +73,32 @@ class RewardModel(Weighed):
     """One made with `method: reward`, or any that gives one number for a sequence."""
 
 
+class RewardService(Weighed):
+    """The score that a service gives: POST {"items": [{"prompt", "completion", "reference",
+    "metadata"}, …]} is answered with {"scores": [number, …]}."""
+
+    kind: Literal["url"] = "url"
+    url: str = Field(min_length=1, max_length=2048)
+    batch_size: int = Field(32, ge=1, le=1024)
+    """Completions in one request."""
+    timeout_seconds: float = Field(30, gt=0, le=600)
+    """For one try."""
+    tries: int = Field(5, ge=1, le=20)
+    """Of one request, where the service is away, too slow, or answers 408, 425, 429 or 5xx."""
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        is_plain = parts.username is None and parts.password is None and not parts.fragment
+        if parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
+            raise ValueError(
+                "has to be a plain address such as https://example.com/score, without name, "
+                "password or #fragment"
+            )
+        return url
+
+
 class TrainedModel(Weighed):
     """The score of a reward model that the job trains first, on what its own rows compare."""
 
@@ -83,9 +110,15 @@ class TrainedModel(Weighed):
 
 
 RewardSource = Annotated[
-    ExactMatch | Numeric | Regex | JsonSchema | Rouge | RewardModel | TrainedModel,
+    ExactMatch | Numeric | Regex | JsonSchema | Rouge | RewardModel | RewardService | TrainedModel,
     Field(discriminator="kind"),
 ]
+
+
+def services_in(sources: tuple[RewardSource, ...]) -> tuple[str, ...]:
+    """Addresses of services, each once."""
+    named = (source.url for source in sources if isinstance(source, RewardService))
+    return tuple(dict.fromkeys(named))
 
 
 def models_in(sources: tuple[RewardSource, ...]) -> tuple[str, ...]:

@@ -285,8 +285,19 @@ class Job:
         folders = dict(self._task.inputs.reward_models)
         if self._taught is not None:
             folders[TRAINED] = str(self._taught)
-        bench = Bench(folders, self._plan, opened.rows.format, self._notice)
+        bench = Bench(
+            folders,
+            self._plan,
+            opened.rows.format,
+            self._notice,
+            self._task.inputs.networks,
+            self._is_stopped_while_waiting,
+        )
         return open_rewarders([one for one in self._spec.rewards if self._is_there(one)], bench)
+
+    def _is_stopped_while_waiting(self) -> bool:
+        self._tell_drawing()
+        return self._asks.should_stop and self._group.size == 1
 
     def _is_there(self, source: RewardSource) -> bool:
         """But for what is yet to be trained, which a probe does without."""

@@ -133,6 +133,7 @@ class Staging:
             dataset=str(await self._data(asked.dataset, "dataset")),
             eval_dataset=str(await self._data(evaluation, "eval_dataset")) if evaluation else None,
             reward_models=rewarding,
+            networks=asked.networks,
             tokenizer=str(await self._data(tokenizer, "tokenizer")) if tokenizer else None,
             named=named,
         )

@@ -17,7 +17,10 @@ from tunesmith.spec.strict import Name
 from tuning_sdk.errors import error_for
 
 ROUTE = "/train/config"
-_NAMED = ("model", "dataset", "eval_dataset", "rewards", "tokenizer", "output_dir")
+_NAMED = (
+    *("model", "dataset", "eval_dataset", "rewards", "tokenizer", "output_dir"),
+    "max_completion_length",
+)
 _SCHEMA = {
     "schema": {
         "type": "string",

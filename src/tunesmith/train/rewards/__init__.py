@@ -12,6 +12,7 @@ from tunesmith.spec.rewards import (
     Numeric,
     Regex,
     RewardModel,
+    RewardService,
     RewardSource,
     Rouge,
     TrainedModel,
@@ -25,6 +26,7 @@ from tunesmith.train.rewards.rules import (
     WordSharing,
 )
 from tunesmith.train.rewards.scoring import ModelScoring
+from tunesmith.train.rewards.service import Service
 
 TRAINED = "\0trained"
 """No name that a specification can give."""
@@ -41,6 +43,10 @@ class Bench:
     format: str
     """Of the rows."""
     warn: Callable[[str, str], None]
+    networks: Sequence[str] = ()
+    """See `Inputs`."""
+    should_stop: Callable[[], bool] = lambda: False
+    """Called often while something is waited for."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ def _open(source: RewardSource, bench: Bench) -> Scorer:
             return WordSharing()
         case RewardModel():
             return _scoring(source.model, bench)
+        case RewardService():
+            return Service(source, bench.networks, bench.should_stop)
         case TrainedModel():
             return _scoring(TRAINED, bench)
 

@@ -1,17 +1,14 @@
-"""Which addresses a caller may have this server connect to, judged after the name is resolved.
+"""Which addresses a caller may have this house connect to, judged after the name is resolved.
 
 Public addresses are open to all. The operator's own networks (loopback, private ranges) are open
 only where he lists them: whoever holds a key could otherwise knock on every door behind the
-firewall. Addresses that are never a receiver (metadata services, link-local, multicast) are closed
-in every spelling.
+firewall. Addresses that are never anyone's to ask (metadata services, link-local, multicast) are
+closed in every spelling.
 """
 
-import asyncio
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-
-from tunesmith.hub.remote import started
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -56,7 +53,7 @@ def refusal(address: Address, listed: Sequence[Network]) -> str | None:
     """Why an address is closed; None where it is open."""
     inner = _unwrapped(address)
     if any(inner in network for network in _NEVER if network.version == inner.version):
-        return f"{address} is never a receiver (link-local, metadata, multicast or reserved)"
+        return f"{address} is never open (link-local, metadata, multicast or reserved)"
     if inner.is_global or any(inner in one for one in listed if one.version == inner.version):
         return None
     return (
@@ -85,12 +82,12 @@ def resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
-async def open_addresses(
+def open_addresses(
     host: str, port: int, listed: Sequence[Network], look_up: Resolve = resolve
 ) -> list[str]:
-    """The addresses of a host that are open. Raises Refused where there is none."""
+    """The addresses of a host that are open. Blocks. Raises Refused where there is none."""
     try:
-        texts = await asyncio.wrap_future(started(lambda: list(look_up(host, port))))
+        texts = list(look_up(host, port))
     except (OSError, UnicodeError):
         raise Refused(f"the name {host!r} can't be resolved", False) from None
     found, reasons = [], []
