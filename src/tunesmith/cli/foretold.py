@@ -67,14 +67,14 @@ def _foretold(training: "Foreground") -> "Estimate":
     from tunesmith.data.measure import measure
     from tunesmith.data.reading import Reading
     from tunesmith.data.rows import RowIndex
-    from tunesmith.hub.checks import cut_of
+    from tunesmith.hub.checks import cut_of, looked_at
     from tunesmith.hub.estimate import foretell
     from tunesmith.hub.folder import read
 
     spec, folder = training.spec, read(Path(training.inputs.model))
     with RowIndex.open(training.inputs.dataset, Reading.of(spec)) as index:
         renderer = _renderer(training, folder, index.format)
-        found = measure(index, renderer, cut_of(spec, folder))
+        found = measure(looked_at(spec, index), renderer, cut_of(spec, folder))
     rewarding = [read(Path(one)) for one in training.inputs.reward_models.values()]
     return foretell(spec, folder, found, (), is_gpu=False, rewarding=rewarding)
 

@@ -7,7 +7,6 @@ from hashlib import blake2b
 from typing import Protocol
 
 from tunesmith.data.formats import Format, Row
-from tunesmith.data.rows import RowIndex
 from tunesmith.errors import ValidationError
 
 
@@ -45,7 +44,22 @@ class Part:
         return self.index.size(self.places[at])
 
 
-def hold_out(index: RowIndex, share: float, seed: int) -> tuple[Part, Part]:
+class Bodies(Protocol):
+    """Rows as they stand in a file."""
+
+    @property
+    def format(self) -> Format: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, at: int) -> Row: ...
+
+    def size(self, at: int) -> int: ...
+
+    def body(self, at: int) -> bytes: ...
+
+
+def hold_out(index: Bodies, share: float, seed: int) -> tuple[Part, Part]:
     """What is trained on, and what is held out: `share` of the rows, at least one, never all.
 
     A row is drawn by a hash of the seed and its bytes, so that those that read alike fall to one

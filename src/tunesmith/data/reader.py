@@ -1,6 +1,6 @@
 """One file's rows, whatever they stand in: told apart, numbered, brought into one format."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, BinaryIO
@@ -13,6 +13,7 @@ from tunesmith.data.reading import Reading, as_json
 from tunesmith.data.row_adapters import RANK, TARGETS
 from tunesmith.data.scan import Layout, Span
 
+METADATA = "metadata"
 SAMPLE = 20
 """Rows looked at to find the format."""
 _NESTED = (
@@ -112,6 +113,18 @@ class Reader:
         except Wrong as wrong:
             raise self._fault(span, wrong) from None
 
+    def metadata(self, span: Span) -> Mapping[str, Any]:
+        """Of a row, where it is an object, or a cell that holds one as JSON."""
+        if self.layout == "documents":
+            return {}
+        name = dict(self.reading.columns).get(METADATA, METADATA)
+        try:
+            value = self._found(span.body).get(name)
+            found = msgspec.json.decode(value) if isinstance(value, str) else value
+        except (Wrong, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def _row(self, span: Span, format: Format) -> Row:
         body = self.reading.cleaned(span.body)
         if self.layout == "documents":
@@ -141,9 +154,10 @@ class Reader:
         return formats.fields(body)
 
     def _wanted(self) -> list[str]:
+        more = [METADATA] if self.reading.with_metadata else []
         if self.reading.columns:
-            return [column for _, column in self.reading.columns]
-        return sorted({TARGETS, RANK}.union(*map(formats.known_fields, formats.FORMATS)))
+            return [*(column for _, column in self.reading.columns), *more]
+        return sorted({TARGETS, RANK, *more}.union(*map(formats.known_fields, formats.FORMATS)))
 
     def _fault(self, span: Span, wrong: Wrong) -> RowFault:
         return RowFault(span.line, wrong.reason, loc=wrong.loc, unit=self.unit)

@@ -31,6 +31,8 @@ class Reading:
     """Field and column, where they were mapped by hand: then the others are ignored."""
     controls: Controls = "kept"
     """Control characters in plain text."""
+    with_metadata: bool = False
+    """Whether rows are asked for theirs: then a table's column of them is read too."""
     by_rank: bool = False
     """Whether a row's `rank` by itself names an adapter; with `target_modules` it does always."""
 
@@ -39,7 +41,8 @@ class Reading:
         if isinstance(spec, Sft) and spec.row_ranks:
             return replace(cls.by(spec.columns), by_rank=True)
         if isinstance(spec, Pretrain):
-            return cls.by(spec.columns, "removed" if spec.clean else "refused")
+            plain = cls.by(spec.columns, "removed" if spec.clean else "refused")
+            return replace(plain, with_metadata=spec.sampling is not None)
         return cls.by(spec.columns)
 
     @classmethod
@@ -51,7 +54,8 @@ class Reading:
         """A part of the names that verdicts are kept under; empty for the plain reading."""
         if self == Reading():
             return ""
-        told = msgspec.json.encode([self.columns, self.controls, *["rank"][: self.by_rank]])
+        more = [*["rank"][: self.by_rank], *["metadata"][: self.with_metadata]]
+        told = msgspec.json.encode([self.columns, self.controls, *more])
         return ":" + hashlib.sha256(told).hexdigest()[:32]
 
     def cleaned(self, body: bytes) -> bytes:

@@ -3,9 +3,9 @@
 import hashlib
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from pydantic import Field
 
@@ -126,6 +126,10 @@ class RowIndex:
     def __iter__(self) -> Iterator[Row]:
         for at in range(len(self)):
             yield self[at]
+
+    def metadata(self, at: int) -> Mapping[str, Any]:
+        """What a row says of itself; empty where it says nothing. See `Reading.with_metadata`."""
+        return self._reader.metadata(Span(self._lines[at], self._offsets[at], self.body(at)))
 
     def body(self, at: int) -> bytes:
         """A row as it stands in the file."""

@@ -1,6 +1,7 @@
 """Token-level checks: once per data set, tokenizer and length, before a job is claimed."""
 
 import asyncio
+import hashlib
 import logging
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from tunesmith.data.measure import measure
 from tunesmith.data.reading import Reading
 from tunesmith.data.render import TrainOn
 from tunesmith.data.rows import RowIndex, Rows
+from tunesmith.data.sampling import sampled
 from tunesmith.data.twins import Twins
 from tunesmith.errors import FailureClass, TuningAPIError
 from tunesmith.hub import overlaps, tokenizers
@@ -23,7 +25,7 @@ from tunesmith.hub.estimate import foretell
 from tunesmith.hub.folder import ModelFolder, read
 from tunesmith.spec.estimate import Measure
 from tunesmith.spec.records import Job, Source
-from tunesmith.spec.train import Reinforcing, Sft, TrainSpec, Tuning
+from tunesmith.spec.train import Pretrain, Reinforcing, Sft, TrainSpec, Tuning
 from tunesmith.store import catalog, jobs
 from tunesmith.store.tables import UNCHECKED
 
@@ -130,7 +132,7 @@ def _verdicts(hub: "Hub", job: Job) -> list[Verdict]:
         renderer = hub.renderer(folder, index.format)
         place = key(source.sha256 or "", renderer.digest, job.spec, folder)
         verdict = _kept(hub, place) or check_tokens(
-            _looked_at(job.spec, index),
+            looked_at(job.spec, index),
             renderer,
             max_length(job.spec, folder),
             job.spec.overlong,
@@ -166,14 +168,14 @@ def measured(
     own = None if tokenizer is None else tokenizers.renderer(tokenizer)
     renderer = own or hub.renderer(folder, part.format)
     sha256 = part.source.sha256
-    place = f"documents:{sha256}:{renderer.digest}{reading.key}"
+    place = f"documents:{sha256}:{renderer.digest}{reading.key}{_sampling_key(spec)}"
     if isinstance(spec, Tuning):
         place = f"measure:{key(sha256 or '', renderer.digest, spec, folder)}"
     body = hub.store.read(lambda tx: catalog.find_verdict(tx, place))
     if body is not None:
         return Measure.model_validate(body)
     with RowIndex.open(Path(part.source.path), reading) as index:
-        found = measure(_looked_at(spec, index), renderer, cut_of(spec, folder))
+        found = measure(looked_at(spec, index), renderer, cut_of(spec, folder))
     told = found.model_dump(mode="json")
     hub.store.write(lambda tx: catalog.keep_verdict(tx, place, told)).result()
     return found
@@ -195,8 +197,18 @@ def max_length(spec: Tuning, folder: ModelFolder) -> int:
     return max(1, longest - spec.max_completion_length) + STAND_IN_TOKENS
 
 
-def _looked_at(spec: TrainSpec, index: RowIndex) -> Rows:
+def looked_at(spec: TrainSpec, index: RowIndex) -> Rows:
+    """The rows as the first epoch reads them. Raises ValidationError, see `sampling.choose`."""
+    if isinstance(spec, Pretrain):
+        return sampled(index, spec.sampling, spec.optim.seed)
     return AskedRows(index) if isinstance(spec, Reinforcing) else index
+
+
+def _sampling_key(spec: TrainSpec) -> str:
+    if not isinstance(spec, Pretrain) or spec.sampling is None:
+        return ""
+    told = f"{spec.optim.seed}:{spec.sampling.model_dump_json()}"
+    return ":" + hashlib.sha256(told.encode()).hexdigest()[:32]
 
 
 def _kept(hub: "Hub", key: str) -> Verdict | None:

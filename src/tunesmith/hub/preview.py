@@ -12,12 +12,14 @@ from tunesmith.data.reader import find_row
 from tunesmith.data.reading import Reading
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import RowIndex
+from tunesmith.data.sampling import choose
 from tunesmith.data.scan import open_regular
 from tunesmith.errors import BadRequestError, JobFailure, ValidationError
 from tunesmith.hub.data import refuse_elsewhere, usual_suffix
 from tunesmith.hub.folder import ModelFolder
 from tunesmith.hub.names import find_data
 from tunesmith.hub.principal import Principal
+from tunesmith.spec.sampling import Sampling
 from tunesmith.train.pretrain import BlockSource
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ class Wanted:
     """Of a pair."""
     seed: int = 42
     """Of that order."""
+    sampling: Sampling | None = None
+    """For pretraining: which documents, and how often."""
     limit: int = 4096
     """Tokens that are shown one by one."""
 
@@ -113,7 +117,8 @@ def _block(at: File, renderer: Renderer, wanted: Wanted, length: int) -> Shown:
     number = wanted.row or 1
     if number > MAX_BLOCK:
         raise ValidationError(f"row: the first {MAX_BLOCK} blocks can be shown", param="row")
-    with RowIndex.of(at.file, at.path, at.suffix, wanted.reading) as rows:
+    with RowIndex.of(at.file, at.path, at.suffix, wanted.reading) as index:
+        rows = index if wanted.sampling is None else choose(index, wanted.sampling)
         try:
             source = BlockSource(rows, renderer, length, wanted.seed)
             source.open(0)

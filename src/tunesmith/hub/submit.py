@@ -132,7 +132,12 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
     wanted = needs.of(spec, model.folder, _has_gpu(workers), folders)
     _refuse_unfit(wanted, workers)
     parts = [training] if evaluation is None else [training, evaluation]
-    verdicts = [look.verdict(spec, model, part, tokenizer) for part in parts if model.is_here]
+    asking = [spec, _unsampled(spec)]
+    verdicts = [
+        look.verdict(one, model, part, tokenizer)
+        for one, part in zip(asking, parts, strict=False)
+        if model.is_here
+    ]
     for verdict in verdicts:
         if verdict is not None and verdict.failure:
             raise ValidationError(verdict.failure, param=asked.name("dataset"))
@@ -226,6 +231,11 @@ def _tokenizer(look: Look, model: FoundModel, asked: Request) -> Source | None:
     if model.is_here:
         tokenizers.refuse_larger(pinned, asked.spec, model.folder, field)
     return pinned
+
+
+def _unsampled(spec: TrainSpec) -> TrainSpec:
+    """As rows are read that are only evaluated."""
+    return spec.model_copy(update={"sampling": None}) if isinstance(spec, Pretrain) else spec
 
 
 def _refuse_unsuited(part: Pinned, asked: Request, field: str) -> None:

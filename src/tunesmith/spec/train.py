@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from tunesmith.spec.rewards import RewardSource, TrainedModel, models_in
+from tunesmith.spec.sampling import Sampling
 from tunesmith.spec.strict import Name, Strict
 from tunesmith.spec.sweep import LORA_SETTINGS, Sweep, TrialName
 
@@ -389,6 +390,9 @@ class Pretrain(Data):
     """Remove control characters; else a document that holds one is refused."""
     from_scratch: bool = True
     sequence_length: int = Field(256, ge=8, le=MAX_LENGTH_LIMIT)
+    sampling: Sampling | None = None
+    """Which documents are read, and how often; all of them once in an epoch where it is None.
+    Those of an `eval_dataset` are all read."""
     keep_stages: int = Field(10, ge=0, le=1000)
     """With `run.save_steps` the model of each such step stays, as `step-<n>/` in the result; of
     more than so many the newest. 0: none does."""

@@ -12,6 +12,7 @@ import torch
 
 from tunesmith.data.holdout import Rows
 from tunesmith.data.render import NOTICES, Renderer
+from tunesmith.data.sampling import Chosen
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.nn.language import LanguageModel, Model, open_scorer, open_with
 from tunesmith.nn.opening import Opening
@@ -173,6 +174,9 @@ class Job:
     def _open(self, files: ExitStack) -> Opened:
         inputs = self._task.inputs
         rows, held_out = open_sets(inputs, self._spec, files)
+        if isinstance(rows, Chosen):
+            message = rows.sentence
+            self._report.send(Notice(level="info", code="sampling", message=message))
         model = self._open_model()
         renderer = self._renderer(rows)
         if inputs.tokenizer is not None:

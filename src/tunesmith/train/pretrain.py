@@ -6,6 +6,7 @@ from typing import Any
 from tunesmith.data.holdout import Rows
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Row
+from tunesmith.data.sampling import Chosen
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.train.batches import Interrupted, Sample, Shuffle
 from tunesmith.train.source import read_row
@@ -30,13 +31,15 @@ class BlockSource:
     ) -> None:
         self._rows, self._renderer, self._length, self._seed = rows, renderer, length, seed
         self._should_stop = should_stop
+        self._drawn = self._documents(0)
         self._seen_bytes = self._seen_tokens = 0
-        self._all_bytes = sum(map(rows.size, range(len(rows))))
+        self._all_bytes = sum(map(self._drawn.size, range(len(self._drawn))))
         self._probed_bytes, self._probed_tokens = self._probe()
 
     def open(self, epoch: int, position: dict[str, Any] | None = None) -> None:
         self._epoch = epoch
-        self._order = None if self._seed is None else Shuffle(len(self._rows), self._seed, epoch)
+        self._drawn = self._documents(epoch)
+        self._order = None if self._seed is None else Shuffle(len(self._drawn), self._seed, epoch)
         self._starts: list[tuple[int, int]] = []
         """(place in the order, tokens) of the documents that the buffer holds a part of."""
         self._buffer: list[int] = []
@@ -62,7 +65,7 @@ class BlockSource:
         }
 
     def pull(self) -> Sample | None:
-        while len(self._buffer) < self._length and self._cursor < len(self._rows):
+        while len(self._buffer) < self._length and self._cursor < len(self._drawn):
             if self._should_stop():
                 raise Interrupted
             self._count(*self._append(self._cursor))
@@ -97,10 +100,10 @@ class BlockSource:
     def _append(self, place: int) -> tuple[int, int]:
         """Returns the document's tokens and bytes."""
         index = self._order[place] if self._order else place
-        ids = document_ids(self._renderer, read_row(self._rows, index))
+        ids = document_ids(self._renderer, read_row(self._drawn, index))
         self._starts.append((place, len(ids)))
         self._buffer += ids
-        return len(ids), self._rows.size(index)
+        return len(ids), self._drawn.size(index)
 
     def _consume(self, tokens: int) -> None:
         del self._buffer[:tokens]
@@ -115,10 +118,16 @@ class BlockSource:
         self._consume(skipped)
 
     def _probe(self) -> tuple[int, int]:
-        count = min(PROBES, len(self._rows))
-        places = [i * len(self._rows) // count for i in range(count)]
-        ids = [document_ids(self._renderer, read_row(self._rows, place)) for place in places]
-        return sum(map(self._rows.size, places)), sum(map(len, ids))
+        count = min(PROBES, len(self._drawn))
+        places = [i * len(self._drawn) // count for i in range(count)]
+        ids = [document_ids(self._renderer, read_row(self._drawn, place)) for place in places]
+        return sum(map(self._drawn.size, places)), sum(map(len, ids))
+
+    def _documents(self, epoch: int) -> Rows:
+        """Of an epoch, in the order of the file; those that are weighed, as often as drawn."""
+        if isinstance(self._rows, Chosen) and self._seed is not None:
+            return self._rows.draw(self._seed, epoch)
+        return self._rows
 
 
 def document_ids(renderer: Renderer, row: Row) -> list[int]:

@@ -6,21 +6,41 @@ from pathlib import Path
 from tunesmith.data.holdout import Rows, hold_out
 from tunesmith.data.reading import Reading
 from tunesmith.data.rows import RowFault, RowIndex
+from tunesmith.data.sampling import choose
 from tunesmith.data.suited import refuse_unpaired, refuse_unsuited
 from tunesmith.errors import FailureClass, JobFailure, ValidationError
 from tunesmith.spec.pipe import Inputs
-from tunesmith.spec.train import AnySpec, reward_training
+from tunesmith.spec.sampling import Sampling
+from tunesmith.spec.train import AnySpec, Pretrain, reward_training
 
 
 def open_sets(inputs: Inputs, spec: AnySpec, files: ExitStack) -> tuple[Rows, Rows | None]:
     """None where nothing is evaluated. Raises JobFailure(data_error)."""
     rows = files.enter_context(open_rows(inputs.dataset, spec))
+    if isinstance(spec, Pretrain) and spec.sampling is not None:
+        return _sampled(rows, spec, spec.sampling, inputs, files)
     if inputs.eval_dataset is not None:
         return rows, files.enter_context(open_rows(inputs.eval_dataset, spec))
     if not spec.holdout:
         return rows, None
     try:
         return hold_out(rows, spec.holdout, spec.optim.seed)
+    except ValidationError as error:
+        raise JobFailure(FailureClass.DATA_ERROR, error.message) from error
+
+
+def _sampled(
+    rows: RowIndex, spec: Pretrain, sampling: Sampling, inputs: Inputs, files: ExitStack
+) -> tuple[Rows, Rows | None]:
+    """What is held out is of those that are chosen."""
+    try:
+        chosen = choose(rows, sampling)
+        if inputs.eval_dataset is not None:
+            return chosen, files.enter_context(open_rows(inputs.eval_dataset, spec))
+        if not spec.holdout:
+            return chosen, None
+        rest, held_out = hold_out(chosen, spec.holdout, spec.optim.seed)
+        return chosen.within(rest.places), held_out
     except ValidationError as error:
         raise JobFailure(FailureClass.DATA_ERROR, error.message) from error
 

@@ -1,6 +1,7 @@
 """A data set seen before it is trained on: POST /data/preview."""
 
 import asyncio
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Response
@@ -14,6 +15,7 @@ from tunesmith.data.preview import MAX_SHOWN, Fate
 from tunesmith.data.reading import Reading
 from tunesmith.errors import BadRequestError
 from tunesmith.hub.preview import Shown, Wanted
+from tunesmith.spec.sampling import Sampling
 from tunesmith.spec.strict import Name
 from tunesmith.spec.train import MAX_LENGTH_LIMIT, Columns
 
@@ -48,6 +50,9 @@ class PreviewRequest(BaseModel):
     columns: Columns = Field({}, description="field → column, mapped by hand")
     clean: bool = Field(False, description="pretrain: remove control characters")
     seed: int = Field(42, ge=0, le=2**31 - 1, description="pretrain: of the order of documents")
+    sampling: Sampling | None = Field(
+        None, description="pretrain: which documents, and how often, by their metadata"
+    )
     limit: int = Field(4096, ge=0, le=MAX_SHOWN, description="how many tokens are shown one by one")
 
     def to_wanted(self) -> Wanted:
@@ -56,15 +61,21 @@ class PreviewRequest(BaseModel):
         is_pretrain = self.method == "pretrain"
         if is_pretrain and self.line is not None:
             raise BadRequestError("line: a packed block stands in no line; give row", param="line")
+        if self.sampling is not None and not is_pretrain:
+            raise BadRequestError("sampling: it is for pretrain", param="sampling")
         controls: Literal["removed", "refused"] = "removed" if self.clean else "refused"
         return Wanted(
             cut=Cut(self.max_length, self.overlong, self.train_on),
-            reading=Reading.by(self.columns, controls if is_pretrain else "kept"),
+            reading=replace(
+                Reading.by(self.columns, controls if is_pretrain else "kept"),
+                with_metadata=self.sampling is not None,
+            ),
             method=self.method,
             row=(self.row or 1) if self.line is None else None,
             line=self.line or 1,
             answer=self.answer,
             seed=self.seed,
+            sampling=self.sampling,
             limit=self.limit,
         )
 

@@ -107,6 +107,12 @@ KEYS: tuple[Key, ...] = (
     ),
     _key("columns", "columns", "field of a format → column of the file"),
     _key("output_dir", OUTPUT_DIR, "where the result goes", "output_path"),
+    _key(
+        "sampling",
+        "sampling",
+        "which documents are read (`where`), and how often (`weights`), by their metadata",
+        "sampler",
+    ),
     _key("clean", "clean", "remove control characters", "clean_text"),
     _key("from_scratch", "from_scratch", "new weights, or go on from the model's"),
     # how far, and by what steps
