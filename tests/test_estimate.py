@@ -28,7 +28,16 @@ from tunesmith.hub import needs
 from tunesmith.hub.estimate import Ran, foretell
 from tunesmith.hub.folder import read
 from tunesmith.spec.estimate import Estimate
-from tunesmith.spec.train import AnySpec, Kto, Lora, Preference, Pretrain, Reward, Run
+from tunesmith.spec.train import (
+    AnySpec,
+    Kto,
+    Lora,
+    Preference,
+    Pretrain,
+    PretrainOptim,
+    Reward,
+    Run,
+)
 
 TEXTS = [{"text": f"die Katze {'schläft ' * (3 + i % 9)}🐈 고양이"} for i in range(40)]
 CASES: dict[str, tuple[AnySpec, list[dict[str, Any]]]] = {
@@ -98,7 +107,11 @@ def test_a_model_from_scratch_is_counted_from_its_configuration(tmp_path: Path, 
 def test_documents_are_counted_as_they_are_packed(model: Path, tmp_path: Path) -> None:
     place = Place(tmp_path, model, write_rows(tmp_path / "rows.jsonl", TEXTS))
     spec = Pretrain(
-        model="m", dataset="d", sequence_length=32, optim=sft(epochs=2).optim, from_scratch=False
+        model="m",
+        dataset="d",
+        sequence_length=32,
+        optim=PretrainOptim(epochs=2, batch_size=4),
+        from_scratch=False,
     )
     told = foretold(place, spec)
     finished = run_here(place.task(spec)).last["detail"]

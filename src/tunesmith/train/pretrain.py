@@ -43,6 +43,9 @@ class BlockSource:
         self._starts: list[tuple[int, int]] = []
         """(place in the order, tokens) of the documents that the buffer holds a part of."""
         self._buffer: list[int] = []
+        self._used = 0
+        """Tokens at its beginning that were dealt out: taken off now and then, since all that
+        follow have to be moved."""
         self._cursor = self._skipped = 0
         if epoch == 0:
             self._seen_bytes = self._seen_tokens = 0
@@ -65,12 +68,12 @@ class BlockSource:
         }
 
     def pull(self) -> Sample | None:
-        while len(self._buffer) < self._length and self._cursor < len(self._drawn):
+        while len(self._buffer) - self._used < self._length and self._cursor < len(self._drawn):
             if self._should_stop():
                 raise Interrupted
             self._count(*self._append(self._cursor))
             self._cursor += 1
-        block = self._buffer[: self._length]
+        block = self._buffer[self._used : self._used + self._length]
         if len(block) < 2:
             return None
         self._consume(len(block))
@@ -106,7 +109,10 @@ class BlockSource:
         return len(ids), self._drawn.size(index)
 
     def _consume(self, tokens: int) -> None:
-        del self._buffer[:tokens]
+        self._used += tokens
+        if self._used > len(self._buffer) // 2:
+            del self._buffer[: self._used]
+            self._used = 0
         self._skipped += tokens
         while self._starts and self._skipped >= self._starts[0][1]:
             self._skipped -= self._starts.pop(0)[1]
