@@ -125,9 +125,23 @@ def test_rules_reward_what_they_say(source, reference, expected):
     assert scores(source, reference, *expected) == pytest.approx(list(expected.values()))
 
 
+WORDS_SHARED = """
+def reward(prompt, completion, reference, metadata):
+    return len(set(completion.split()) & set(reference.split())) / (metadata or 1)
+"""
+
+
+def test_a_function_rewards_as_it_says():
+    source = {"kind": "python", "code": WORDS_SHARED}
+    assert scores(source, "river stone", "stone river", "stone", "night") == [2, 1, 0]
+
+
 @pytest.mark.parametrize(
     ("source", "reference", "why"),
     [
+        ({"kind": "python", "code": "def reward(:"}, None, "the code, line 1: invalid syntax"),
+        ({"kind": "python", "code": WORDS_SHARED}, None, "of line 3: its line 3: AttributeError"),
+        ({"kind": "python", "code": "x = 1"}, None, "defines no function `reward`"),
         ({"kind": "numeric"}, "many", "line 3: its reference holds no number"),
         ({"kind": "rouge"}, None, "line 3: no reference"),
         ({"kind": "regex", "pattern": "("}, None, "the pattern cannot be read"),

@@ -4,6 +4,7 @@ Pattern and schema come from a user, the answer from a model in training: each l
 time where a pattern is matched, by a count of keywords where a schema is walked.
 """
 
+import ast
 import json
 import math
 import re
@@ -23,7 +24,7 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
 from tunesmith.errors import ValidationError
-from tunesmith.spec.rewards import JsonSchema, Regex, RewardSource
+from tunesmith.spec.rewards import JsonSchema, PythonFunction, Regex, RewardSource
 
 SECONDS = 1.0
 """For one match."""
@@ -101,12 +102,26 @@ class Schema:
 
 
 def check_rules(sources: Iterable[RewardSource]) -> None:
-    """Raises ValidationError where a pattern or a schema of them is none."""
+    """Raises ValidationError where a pattern, a schema, a code of them is none."""
     for source in sources:
         if isinstance(source, Regex):
             Pattern(source.pattern)
         if isinstance(source, JsonSchema):
             Schema(source.json_schema)
+        if isinstance(source, PythonFunction):
+            _check_code(source.code)
+
+
+def _check_code(code: str) -> None:
+    """It is read here, and run nowhere but in `confined`. Raises ValidationError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(code)
+    except SyntaxError as error:
+        raise ValidationError(f"the code, line {error.lineno}: {error.msg}") from None
+    except (ValueError, RecursionError, MemoryError):
+        raise ValidationError("the code cannot be read as Python") from None
 
 
 class _Spent(Exception):

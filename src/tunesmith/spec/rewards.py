@@ -99,6 +99,19 @@ class RewardService(Weighed):
         return url
 
 
+class PythonFunction(Weighed):
+    """What `reward(prompt, completion, reference, metadata)` returns, run where it can only
+    compute: no network, no file, no other process."""
+
+    kind: Literal["python"] = "python"
+    code: str = Field(min_length=1, max_length=65_536)
+    """That defines the function. `prompt` is a list of messages, `reference` a text or None,
+    `metadata` what the row has."""
+    timeout_seconds: float = Field(5, gt=0, le=60)
+    """For one completion."""
+    memory_mb: int = Field(512, ge=64, le=8192)
+
+
 class TrainedModel(Weighed):
     """The score of a reward model that the job trains first, on what its own rows compare."""
 
@@ -110,7 +123,15 @@ class TrainedModel(Weighed):
 
 
 RewardSource = Annotated[
-    ExactMatch | Numeric | Regex | JsonSchema | Rouge | RewardModel | RewardService | TrainedModel,
+    ExactMatch
+    | Numeric
+    | Regex
+    | JsonSchema
+    | Rouge
+    | RewardModel
+    | RewardService
+    | PythonFunction
+    | TrainedModel,
     Field(discriminator="kind"),
 ]
 

@@ -10,6 +10,7 @@ from tunesmith.spec.rewards import (
     ExactMatch,
     JsonSchema,
     Numeric,
+    PythonFunction,
     Regex,
     RewardModel,
     RewardService,
@@ -18,6 +19,7 @@ from tunesmith.spec.rewards import (
     TrainedModel,
 )
 from tunesmith.train.rewarding import Judged, Rewarder, Scorer
+from tunesmith.train.rewards.function import FunctionScoring
 from tunesmith.train.rewards.matching import ExactMatching
 from tunesmith.train.rewards.rules import (
     NumberMatching,
@@ -91,6 +93,8 @@ def _open(source: RewardSource, bench: Bench) -> Scorer:
             return _scoring(source.model, bench)
         case RewardService():
             return Service(source, bench.networks, bench.should_stop)
+        case PythonFunction():
+            return FunctionScoring(source, bench.should_stop)
         case TrainedModel():
             return _scoring(TRAINED, bench)
 
