@@ -36,6 +36,7 @@ bench: install
 	$(QUIET) $(BIN)/python bench/train.py --method dpo
 	$(QUIET) $(BIN)/python bench/train.py --method pretrain
 	$(QUIET) $(BIN)/python bench/loss.py
+	$(QUIET) $(BIN)/python bench/data.py
 	$(QUIET) $(BIN)/python bench/train.py --method grpo
 	$(QUIET) $(BIN)/python bench/start.py
 	$(QUIET) $(BIN)/python bench/sse.py
