@@ -60,7 +60,8 @@ def test_many_commits_share_a_ring_and_other_topics_ring_nothing(redis: Redis) -
     for _ in range(10_000):
         bell.hear(QUEUE)
         bell.hear(frozenset({"job:0badcafe"}))
-    assert 1 <= ear.count() < 1000
+    assert ear.next() is not None  # once the bell has imported what it rings with
+    assert ear.count() < 999
     bell.hear(frozenset({"job:0badcafe", "worker:w"}))
     assert ear.count() == 0
     assert ear.client.keys() == []  # nothing is left behind that could pile up

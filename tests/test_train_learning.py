@@ -63,7 +63,8 @@ def test_a_reward_grows_from_a_guess_to_nearly_always(
 
 
 def test_divergence_is_held_near_its_target(place: Place) -> None:
-    asked = PPO | {"scheduler": "constant", "max_steps": 280, "kl_target": 0.2}
+    """The median of many rounds: one round's estimate, of some 200 tokens, has a heavy tail."""
+    asked = PPO | {"scheduler": "constant", "max_steps": 400, "kl_target": 0.2}
     events = run_here(place.task(tuned(Ppo, **(asked | {"beta": 0.5, "kl_gain": 0.15}))))
-    held = by_round(events, Ppo, "kl_divergence")[-12:]
-    assert 0.1 < statistics.mean(held) < 0.3
+    held = by_round(events, Ppo, "kl_divergence")[-20:]
+    assert 0.1 < statistics.median(held) < 0.3

@@ -232,10 +232,13 @@ class Hands:
             )
 
     async def stop(self) -> None:
-        """Also a worker that an earlier server left behind, and one that is only just starting."""
+        """Also a worker that an earlier server left behind, and one that is only just starting.
+
+        Until its process has gone: it gives its lock back a moment before.
+        """
         deadline = time.monotonic() + WORKER_STOP_SECONDS
         asked: set[int] = set()
-        while pids := self._living():
+        while pids := self._living() | set(filter(worker.is_ours, asked)):
             if time.monotonic() > deadline:
                 log.error("the %s did not stop in %d s; killed", self._name, WORKER_STOP_SECONDS)
                 _send(pids, signal.SIGKILL)

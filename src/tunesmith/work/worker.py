@@ -105,11 +105,11 @@ def running_pid(settings: Settings, lock_name: str = LOCK) -> int | None:
     if not is_running(settings, lock_name):
         return None
     text = (settings.home / lock_name).read_text().strip()
-    return int(text) if text.isdigit() and _is_ours(int(text)) else None
+    return int(text) if text.isdigit() and is_ours(int(text)) else None
 
 
-def _is_ours(pid: int) -> bool:
-    """A number that is left over from an earlier worker may be anyone's by now."""
+def is_ours(pid: int) -> bool:
+    """A number that is left over from an earlier worker may be anyone's by now, or nobody's."""
     try:
         return b"tunesmith" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
