@@ -1,22 +1,17 @@
 """A step that memory does not suffice for is made in smaller passes, and is the same step."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from several import run_several
 from train_fixtures import (
     WORDS,
     Events,
     Place,
     make_model,
-    read_events,
     run_here,
     sft,
     write_rows,
@@ -72,23 +67,12 @@ class Told:
 
 @pytest.fixture(scope="module")
 def told(place: Place) -> Told:
-    alone = place.task(dropping(batch_size=48), plan=PLAN)
     cases = [
-        (alone, [ROOM]),
-        (pair := pair_task(place), [0, ROOM // 2]),
-        (hopeless := place.task(sft(batch_size=48), plan=PLAN), [1 << 20]),
+        (place.task(dropping(batch_size=48), plan=PLAN), [ROOM]),
+        (pair_task(place), [0, ROOM // 2]),
+        (place.task(sft(batch_size=48), plan=PLAN), [1 << 20]),
     ]
-    body = [{"task": one.model_dump(mode="json"), "rooms": rooms} for one, rooms in cases]
-    environment = {**os.environ, "PYTHONPATH": "src"}
-    command = [sys.executable, "tests/tight.py"]
-    subprocess.run(
-        command, input=json.dumps(body).encode(), env=environment, timeout=180, check=True
-    )
-    return Told(*(said_by(one) for one in (alone, pair, hopeless)))
-
-
-def said_by(task: TrainerTask) -> Events:
-    return read_events(Path(task.attempt_dir).with_suffix(".0.events"))
+    return Told(*run_several(cases))
 
 
 def plan_of(events: Events) -> Plan:

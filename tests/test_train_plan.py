@@ -6,10 +6,10 @@ import os
 import pytest
 import torch
 
-from train_fixtures import PLAN, Place, make_model, pairs, run_here, sft, write_rows
+from train_fixtures import PLAN, Place, make_model, pairs, run_here, sft, tuned, write_rows
 from tunesmith.errors import FailureClass, JobFailure, NotFoundError
 from tunesmith.spec.pipe import Inputs
-from tunesmith.spec.train import Run
+from tunesmith.spec.train import Kto, Run
 from tunesmith.train import plan
 from tunesmith.train.failure import tell
 
@@ -55,6 +55,19 @@ def test_activations_that_memory_does_not_hold_are_computed_twice(place, tmp_pat
     (tmp_path / "config.json").write_text('{"hidden_size": 8192, "num_hidden_layers": 100000}')
     deep = place.task(sft(), inputs=Inputs(model=str(tmp_path), dataset=str(place.dataset)))
     assert plan.choose(deep).gradient_checkpointing is True
+
+
+def test_a_model_of_which_no_process_holds_a_copy_is_shared_out(place, tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 65536, "num_hidden_layers": 1000}')
+    inputs = Inputs(model=str(tmp_path), dataset=str(place.dataset))
+    vast = place.task(sft(), inputs=inputs)
+    assert plan.choose(vast, 2).parallel == "fsdp"
+    assert plan.choose(vast).parallel == "ddp"
+    assert plan.choose(place.task(sft()), 2).parallel == "ddp"
+    asked = place.task(sft(run=Run(parallel="ddp", devices=2)), inputs=inputs)
+    assert plan.choose(asked, 2).parallel == "ddp"
+    apart = place.task(tuned(Kto, batch_size=4), inputs=inputs)
+    assert plan.choose(apart, 2).parallel == "ddp"
 
 
 def test_what_the_first_attempt_decided_by_its_memory_holds_for_the_next(place):

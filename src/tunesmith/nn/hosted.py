@@ -117,6 +117,12 @@ class HostedDecoder:
         if self._peft is not None and self._peft.active_adapter != self._name:
             self._peft.set_adapter(self._name)
 
+    def gather(self) -> None:
+        """It is whole in each process."""
+
+    def idle(self) -> None:
+        """No process waits for another's pass."""
+
     def train(self) -> None:
         self._outer.train()
 

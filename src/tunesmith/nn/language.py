@@ -51,6 +51,14 @@ class Model(Protocol):
     def save(self, folder: Path) -> None:
         """Write what plain transformers (or PEFT, for an adapter) loads."""
 
+    def gather(self) -> None:
+        """Before `save`, by all processes at the same time: where each holds a part of the model,
+        the first then has it whole."""
+
+    def idle(self) -> None:
+        """Where each holds a part: forward, and backward where gradients are taken, over nothing,
+        to keep step with others that have a pass more."""
+
     def train(self) -> None:
         """Dropout on."""
 

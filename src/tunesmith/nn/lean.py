@@ -120,6 +120,12 @@ class LeanDecoder:
             self._config.num_labels = 1
             self._config.pad_token_id = pad_of(self._config)
 
+    def gather(self) -> None:
+        """It is whole in each process."""
+
+    def idle(self) -> None:
+        """No process waits for another's pass."""
+
     def train(self) -> None:
         self._is_training = True
 
@@ -256,7 +262,8 @@ def _open(
     folder: ModelFolder, openings: Sequence[Opening], kind: type[Decoder], find_head: FindHead
 ) -> list[Decoder] | None:
     opening = openings[0]
-    if opening.device != "cpu" or opening.precision != "fp32" or opening.quantization:
+    is_plain = opening.device == "cpu" and opening.precision == "fp32" and not opening.quantization
+    if not is_plain or opening.is_sharded:
         return None
     config = load_config(folder)
     family = next((one for one in (llama, gpt2) if one.is_served(config)), None)

@@ -9,6 +9,7 @@ import torch
 
 from tunesmith.nn.folder import ModelFolder, listed, open_folder, refuse
 from tunesmith.nn.hosted import HostedModel, HostedScorer, find_ways
+from tunesmith.nn.sharded import ShardedModel, ShardedScorer
 from tunesmith.spec.train import Lora
 
 
@@ -25,6 +26,8 @@ class Opening:
     quantization: Literal["4bit", "8bit"] | None = None
     from_scratch: bool = False
     has_dropout: bool = True
+    is_sharded: bool = False
+    """Each process of the group holds a part of every weight: see `nn.sharded`."""
 
 
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,7 +40,12 @@ def open_hosted(folder: ModelFolder, opening: Opening) -> HostedModel:
     ways = find_ways(model)
     model, adapter = _set_up(model, folder, opening, "CAUSAL_LM")
     dtype = _HALVES.get(opening.precision)
-    hosted = HostedModel(model, ways, autocast_dtype=dtype, adapter=adapter)
+    hosted: HostedModel
+    if opening.is_sharded:
+        hosted = sharded = ShardedModel(model, ways, autocast_dtype=dtype, adapter=adapter)
+        sharded.share_out(opening.device)
+    else:
+        hosted = HostedModel(model, ways, autocast_dtype=dtype, adapter=adapter)
     hosted.train()
     return hosted
 
@@ -64,7 +72,12 @@ def open_hosted_scorer(folder: ModelFolder, opening: Opening) -> HostedScorer:
     ways = find_ways(model, model.base_model)
     model, adapter = _set_up(model, folder, opening, "SEQ_CLS")
     dtype = _HALVES.get(opening.precision)
-    hosted = HostedScorer(model, ways, autocast_dtype=dtype, adapter=adapter)
+    hosted: HostedScorer
+    if opening.is_sharded:
+        hosted = sharded = ShardedScorer(model, ways, autocast_dtype=dtype, adapter=adapter)
+        sharded.share_out(opening.device)
+    else:
+        hosted = HostedScorer(model, ways, autocast_dtype=dtype, adapter=adapter)
     hosted.train()
     return hosted
 
@@ -150,13 +163,18 @@ def new_model(config: Any, seed: int) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+def _home(opening: Opening) -> str:
+    """Where a model is loaded: one that is to be shared out may fit on no device."""
+    return "cpu" if opening.is_sharded else opening.device
+
+
 def _load(folder: ModelFolder, opening: Opening) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     if opening.from_scratch:
-        return new_model(load_config(folder), opening.seed).to(opening.device)
+        return new_model(load_config(folder), opening.seed).to(_home(opening))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder.base,
@@ -167,7 +185,7 @@ def _load(folder: ModelFolder, opening: Opening) -> Any:
             quantization_config=_quantization(opening),
             device_map={"": opening.device} if opening.quantization else None,
         )
-        return model if opening.quantization else model.to(opening.device)
+        return model if opening.quantization else model.to(_home(opening))
     except (ValueError, OSError, KeyError) as error:
         raise refuse(f"{folder.base_given}: transformers cannot load it: {error}") from error
 
@@ -198,7 +216,7 @@ def _load_scorer(folder: ModelFolder, opening: Opening) -> Any:
             "use a decoder such as Llama, Mistral, Qwen, Gemma or GPT-2",
         )
     model.config.pad_token_id = pad_of(model.config)
-    return model if opening.quantization else model.to(opening.device)
+    return model if opening.quantization else model.to(_home(opening))
 
 
 def pad_of(config: Any) -> int | None:

@@ -30,6 +30,8 @@ class Plan(Strict):
     """Of each process."""
     processes: int = Field(1, ge=1, le=1024)
     """That share each step."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Whether each has a copy of the model, or a part of every weight."""
     device: str = Field("cpu", max_length=40)
     """`cpu`, or `cuda:0` as the trainer sees it."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -113,7 +113,10 @@ class Run(Strict):
     """Of frozen weights, on a GPU, through bitsandbytes: 4bit is NF4 (Dettmers et al. 2023,
     arXiv:2305.14314, section 3). On a CPU the weights stay as they are, with a warning."""
     devices: int = Field(1, ge=1, le=1024)
-    """GPUs that share each step, or processes on a CPU: data parallel, under torchrun."""
+    """GPUs that share each step, or processes on a CPU, under torchrun."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """What each of several devices holds. ddp: a copy of the model. fsdp: a part of every weight,
+    its gradient and its moments (Zhao et al. 2023, arXiv:2304.11277). auto: a copy, if it fits."""
     probe: bool = False
     """Make a step on the longest samples first, so that memory that does not suffice shows then."""
     on_nan: Literal["fail", "skip"] = "fail"
@@ -137,6 +140,18 @@ class Run(Strict):
     generated_tokens: int = Field(128, ge=1, le=MAX_LENGTH_LIMIT)
     """That such an answer may have."""
 
+    @model_validator(mode="after")
+    def _check_parallel(self) -> Self:
+        if self.parallel != "fsdp":
+            return self
+        if self.devices == 1:
+            raise ValueError("fsdp shares a model out: devices has to be 2 or more")
+        if self.quantization is not None:
+            raise ValueError("quantized weights are not shared out: leave one of them out")
+        if self.generated_rows:
+            raise ValueError("with fsdp no answers are drawn: generated_rows has to be 0")
+        return self
+
 
 OnTwins = Literal["warn", "refuse"]
 
@@ -144,6 +159,9 @@ OnTwins = Literal["warn", "refuse"]
 class Data(Strict):
     """How the rows of the data set, and of the one for validation, are read."""
 
+    is_shareable: ClassVar[bool] = True
+    """Whether a pass needs nothing of other processes' passes, so that each may hold a part of the
+    model."""
     answers_rows: ClassVar[bool] = False
     """Whether what is trained answers what a row asks, with one answer that is right."""
     columns: Columns = {}
@@ -165,6 +183,8 @@ class Data(Strict):
             raise ValueError("holdout and eval_dataset exclude each other; leave one of them out")
         if self.run.best is not None and not (self.holdout or self.eval_dataset):
             raise ValueError("run.best needs held-out rows: give an eval_dataset, or a holdout")
+        if self.run.parallel == "fsdp" and not self.is_shareable:
+            raise ValueError("run.parallel: fsdp is not for this method; write ddp")
         if self.run.generated_rows and not self.answers_rows:
             raise ValueError("run.generated_rows means nothing to this method; leave it out")
         return self
@@ -302,6 +322,7 @@ class Kto(Comparing):
     """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306) on answers that are
     each marked as wanted or not; of a pair both answers are taken."""
 
+    is_shareable: ClassVar[bool] = False
     method: Literal["kto"] = "kto"
     beta: float = Field(0.1, gt=0, le=1000)
     desirable_weight: float = Field(1.0, gt=0, le=1000)
@@ -417,6 +438,7 @@ class Reinforcing(Tuning):
     """Methods that learn from completions of their own, which are rewarded. In rounds: completions
     are drawn, rewarded, and learnt from in one or more updates. Dropout is off."""
 
+    is_shareable: ClassVar[bool] = False
     usual_beta: ClassVar[float] = 0.05
     num_generations: int = Field(1, ge=1, le=1024)
     """Completions of each prompt."""

@@ -208,6 +208,7 @@ class Job:
             quantization=self._quantization(),
             from_scratch=isinstance(spec, Pretrain) and spec.from_scratch,
             has_dropout=isinstance(spec, Sft | Pretrain),
+            is_sharded=plan.parallel == "fsdp",
         )
 
     def _quantization(self) -> Literal["4bit", "8bit"] | None:
@@ -446,6 +447,7 @@ class Job:
         )
 
     def _finish(self, opened: Opened, loop: Loop, method: Method) -> None:
+        opened.model.gather()
         if not self._group.is_first:
             return
         if not loop.is_total_exact:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.nn.language import Model
+from tunesmith.nn.shards import whole_on_first
 from tunesmith.spec.pipe import Evaluated, Notice, Replanned, Step, TrainerEvent
 from tunesmith.spec.train import TrainSpec
 from tunesmith.train import randomness
@@ -240,7 +241,10 @@ class Loop:
 
     @property
     def _may_narrow(self) -> bool:
-        return self._group.size == 1 or not self._parts.objective.is_exchanging
+        if self._group.size == 1:
+            return True
+        is_sharded = self._parts.standing.plan.parallel == "fsdp"
+        return not is_sharded and not self._parts.objective.is_exchanging
 
     def _narrow(
         self, samples: Sequence[Sized], fault: JobFailure, before: dict[str, Tensor]
@@ -389,14 +393,18 @@ class Loop:
 
     def _snapshot(self) -> Snapshot:
         watch = self._parts.watch
+        self._model.gather()
         return Snapshot(
             step=self.counts.step,
             save_model=self._parts.save_model,
-            optimizer=self._optimizer.state(),
+            optimizer=self._whole(self._optimizer.state()),
             random=self._group.gather(randomness.capture(self._device)),
             state=self._state(),
-            kept={**self._parts.kept, **self._kept, **(watch.kept() if watch else {})},
+            kept={**self._parts.kept, **self._kept, **self._whole(watch.kept() if watch else {})},
         )
+
+    def _whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return whole_on_first(tensors, is_first=self._group.is_first)
 
     def _state(self) -> dict[str, Any]:
         return {

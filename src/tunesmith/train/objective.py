@@ -10,12 +10,13 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tunesmith.nn import language
 from tunesmith.train.batches import S, Sized, split
 from tunesmith.train.parallel import Group
 from tunesmith.train.standing import Standing
 
 S_contra = TypeVar("S_contra", bound=Sized, contravariant=True)
-Model = TypeVar("Model")
+Model = TypeVar("Model", bound=language.Model)
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,17 @@ class Ground(Generic[Model]):
         """Of a pass, as it stands now."""
         return self.standing.micro_batch_tokens
 
-    def parts(self, samples: Sequence[S]) -> list[list[S]]:
-        """This process's share, in passes."""
-        return split(self.group.share(samples), self.micro_batch_tokens)
+    def parts(self, samples: Sequence[S]) -> Iterator[list[S]]:
+        """This process's share, in passes. Where processes hold parts of the model, those that have
+        fewer passes than others keep step when theirs are done: with gradients or without, as where
+        the last is asked for."""
+        mine = split(self.group.share(samples), self.micro_batch_tokens)
+        yield from mine
+        if self.standing.plan.parallel == "fsdp":
+            shares = self.group.shares(samples)
+            most = max(len(split(one, self.micro_batch_tokens)) for one in shares)
+            for _ in range(most - len(mine)):
+                self.model.idle()
 
 
 def totals(*values: Tensor) -> Tensor:

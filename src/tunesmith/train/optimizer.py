@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from tunesmith.nn.shards import as_part, whole
 from tunesmith.spec.train import Optim
 
 _SLOTS = ("exp_avg", "exp_avg_sq", "step")
@@ -41,6 +42,7 @@ class Optimizer:
         if scale != 1:
             torch._foreach_mul_(gradients, 1 / scale)
         norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(norm)
         value = float(norm)
         if math.isfinite(value):
             if self._max_norm and value > self._max_norm:
@@ -71,4 +73,5 @@ class Optimizer:
             value = state[key].to(parameter.device, copy=True)
             if slot != "step" and value.shape != parameter.shape:
                 raise ValueError(f"{name} has another shape")
-            self._adam.state[parameter][slot] = value
+            is_scalar = slot == "step"
+            self._adam.state[parameter][slot] = value if is_scalar else as_part(value, parameter)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
+from tunesmith.nn.shards import is_part
 from tunesmith.train.batches import S
 
 PATIENCE = timedelta(hours=6)
@@ -58,10 +59,11 @@ class Group:
         return [number > 0 for number in self.add_up(*map(float, flags))]
 
     def add_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Each gradient's sum over all processes; one that is missing counts as zero."""
+        """Each gradient's sum over all processes; one that is missing counts as zero. Where
+        processes hold parts, these have been summed already."""
         if self.size == 1:
             return
-        trained = list(parameters)
+        trained = [parameter for parameter in parameters if not is_part(parameter)]
         for parameter in trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from tunesmith.spec.pipe import Plan, TrainerTask
-from tunesmith.spec.train import Pretrain
+from tunesmith.spec.train import AnySpec, Pretrain
 
 CPU_MICRO_BATCH_TOKENS = 4096
 GPU_MICRO_BATCH_TOKENS = 16384
@@ -45,6 +45,7 @@ def choose(task: TrainerTask, processes: int = 1) -> Plan:
     width = Size.of(Path(task.inputs.model)).hidden
     is_cpu = device == "cpu"
     plan = Plan(
+        parallel=_parallel(task, processes, device),
         threads=1 if is_cpu and width < NARROW else default_threads(),
         processes=processes,
         device=device,
@@ -79,13 +80,34 @@ def _needs_gradient_checkpointing(task: TrainerTask, plan: Plan) -> bool:
         return choice == "on"
     size, spec = Size.of(Path(task.inputs.model)), task.spec
     if isinstance(spec, Pretrain):
-        sample, copies = spec.sequence_length, 4
+        sample = spec.sequence_length
     else:
         sample = spec.sequences_a_sample * spec.max_length
-        copies = 4 if spec.lora is None else 1
+    held = _copies(spec) * size.weight_bytes
+    if plan.parallel == "fsdp":
+        held //= plan.processes
     tokens = max(plan.micro_batch_tokens, sample)
     activations = 4 * 20 * tokens * size.hidden * size.layers
-    return copies * size.weight_bytes + activations > 0.9 * _free_bytes(plan.device)
+    return held + activations > 0.9 * _free_bytes(plan.device)
+
+
+def _copies(spec: AnySpec) -> int:
+    """Tensors as large as the weights that a training holds: with gradients and two moments."""
+    return 4 if isinstance(spec, Pretrain) or spec.lora is None else 1
+
+
+def _parallel(task: TrainerTask, processes: int, device: str) -> Literal["ddp", "fsdp"]:
+    """A copy for each process where that fits: it is faster, and what our own forward needs."""
+    spec = task.spec
+    if processes == 1 or spec.run.parallel == "ddp":
+        return "ddp"
+    if spec.run.parallel == "fsdp":
+        return "fsdp"
+    if not spec.is_shareable or spec.run.quantization or spec.run.generated_rows:
+        return "ddp"
+    free = _free_bytes(device) / (processes if device == "cpu" else 1)
+    held = _copies(spec) * Size.of(Path(task.inputs.model)).weight_bytes
+    return "fsdp" if held > 0.9 * free else "ddp"
 
 
 def _precision(asked: str, is_cpu: bool) -> Literal["fp32", "bf16", "fp16"]:

@@ -135,14 +135,14 @@ class DpoLoss(Objective[Pair]):
     reference: Reference
     names: ClassVar[tuple[str, ...]] = REWARDS
 
+    @torch.no_grad()
     def measure(self, steps: Iterable[Sequence[Pair]]) -> None:
         """Fill the reference; to be called before the first update."""
         for samples in steps:
             found_N2 = torch.full((len(samples), 2), torch.nan)
             at = {pair.place: number for number, pair in enumerate(samples)}
             for part in self.ground.parts(samples):
-                with torch.no_grad():
-                    sums_P2 = pair_logps(self.ground, part).sums_P2.cpu()
+                sums_P2 = pair_logps(self.ground, part).sums_P2.cpu()
                 found_N2[[at[pair.place] for pair in part]] = sums_P2
             self.reference.put(places(samples), found_N2, self.ground.group)
 

@@ -266,6 +266,7 @@ KEYS: tuple[Key, ...] = (
         "run.on_nan",
         "at a step whose loss or gradient is no finite number: fail, or skip it",
     ),
+    _key("parallel", "run.parallel", "what each device holds: auto, ddp (a copy), fsdp (a part)"),
     _key("probe", "run.probe", "make a step on the longest samples first"),
     _key("quantization", "run.quantization", "the base's weights in 4bit or 8bit"),
     _key(

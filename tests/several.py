@@ -1,22 +1,38 @@
-"""Trainers that may have little more memory than they hold when their first step begins.
+"""Tasks of one or several processes, forked from one that has everything imported.
 
-    python tests/tight.py < cases.json
+    python tests/several.py < cases.json
 
-A case is a task and, for each of its processes, how many bytes it may have; 0 sets no limit. Events
-go to <attempt_dir>.<rank>.events, logs to <attempt_dir>.<rank>.log, one case after the other.
+A case is a task and, for each of its processes, how many bytes more than it holds it may have when
+its first step begins; 0 sets no limit. Events go to <attempt_dir>.<rank>.events, logs to
+<attempt_dir>.<rank>.log, one case after the other.
 """
 
 import json
 import os
 import resource
 import socket
+import subprocess
 import sys
 import traceback
 from pathlib import Path
 
+from train_fixtures import Events, read_events
 from tunesmith.spec.pipe import Started, TrainerEvent, TrainerTask
 from tunesmith.train import process
 from tunesmith.train.report import Report
+
+
+def run_several(cases: list[tuple[TrainerTask, list[int]]]) -> list[Events]:
+    """What the first process of each said."""
+    body = [{"task": task.model_dump(mode="json"), "rooms": rooms} for task, rooms in cases]
+    subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps(body).encode(),
+        env={**os.environ, "PYTHONPATH": "src:tests"},
+        timeout=100,
+        check=True,
+    )
+    return [read_events(Path(task.attempt_dir).with_suffix(".0.events")) for task, _ in cases]
 
 
 class Tight(Report):
@@ -52,6 +68,7 @@ def main() -> None:
 def _start(task: TrainerTask, rank: int, room: int) -> int:
     child = os.fork()
     if child == 0:
+        process.die_with_parent()
         os.environ["RANK"] = str(rank)
         log = open(Path(task.attempt_dir).with_suffix(f".{rank}.log"), "wb")  # noqa: SIM115
         os.dup2(log.fileno(), 2)
