@@ -141,6 +141,24 @@ def test_two_processes_draw_and_learn_as_one_does(tmp_path: Path) -> None:
         assert step["metrics"] == pytest.approx(expected["metrics"], abs=1e-5)
 
 
+def test_two_processes_train_a_reward_model_first_as_one_does(place: Place) -> None:
+    rows = write_rows(place.folder / "taught.jsonl", preferences(16))
+    inputs = Inputs(model=str(place.model), dataset=str(rows))
+    common = {"max_completion_length": 6, "max_length": 64, "max_steps": 2, "num_generations": 4}
+    first, twice = ({"kind": "trained", "learning_rate": 1e-2, "batch_size": n} for n in (4, 8))
+    pair = tuned(Grpo, rollout_batch_size=4, batch_size=16, rewards=[first], **common)
+    one = tuned(Grpo, rollout_batch_size=8, batch_size=32, rewards=[twice], **common)
+    alone, both = (
+        run_here(place.task(one, inputs=inputs)),
+        run(place.task(pair, plan=PAIR, inputs=inputs)),
+    )
+    assert both.losses == pytest.approx(alone.losses, abs=1e-5)
+    rewards = [step["metrics"].get("reward/trained") for step in both.of("step")]
+    assert rewards == pytest.approx(
+        [step["metrics"].get("reward/trained") for step in alone.of("step")], abs=1e-4
+    )
+
+
 def test_a_stop_ends_both_with_a_checkpoint_from_which_the_same_bits_follow(
     place: Place, started: list[Launched]
 ) -> None:

@@ -158,7 +158,7 @@ class TaughtJob(Job):
         own = task.model_copy(update={"spec": first})
         teaching = Teaching(own, voice, self._asks, self._group)
         teaching.run()
-        self._group.tell(b"")  # so that the model is there for all
+        self._group.tell(b"it is there")  # all wait for it
         return teaching.steps
 
     def _foretold(self, task: TrainerTask) -> int:
@@ -188,7 +188,7 @@ class TaughtJob(Job):
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(saved.folder / _MODEL / REWARD_MODEL, folder)
             place_base(folder, self._task.inputs.named)
-        self._group.tell(b"")
+        self._group.tell(b"it is there")
         return int(before)
 
 
