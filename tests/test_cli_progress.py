@@ -77,6 +77,13 @@ def test_the_time_left_is_told_after_five_steps() -> None:
     assert course.eta_seconds == 90
 
 
+def test_the_curve_is_the_policys_and_not_its_reward_models() -> None:
+    course = Course()
+    for step, trial in enumerate(("reward_model", "reward_model", None, None), 1):
+        course.take({"type": "step", "step": step, "loss": step / 2, "trial": trial})
+    assert course.losses == [1.5, 2.0]
+
+
 def test_a_terminal_gets_a_bar_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "70")

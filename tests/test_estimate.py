@@ -30,6 +30,7 @@ from tunesmith.hub.folder import read
 from tunesmith.spec.estimate import Estimate
 from tunesmith.spec.train import (
     AnySpec,
+    Grpo,
     Kto,
     Lora,
     Preference,
@@ -37,6 +38,7 @@ from tunesmith.spec.train import (
     PretrainOptim,
     Reward,
     Run,
+    Sft,
 )
 
 TEXTS = [{"text": f"die Katze {'schläft ' * (3 + i % 9)}🐈 고양이"} for i in range(40)]
@@ -200,3 +202,23 @@ def test_what_is_wrong_is_said(
         answer = door.post("/train/sft/estimate", json=ASKED | over)
         assert answer.status_code == status
         assert word in answer.text
+
+
+def test_what_rewards_take_is_counted(tmp_path: Path) -> None:
+    """A second copy of what is trained, a reward model's weights, a function's memory."""
+    folder = read(make_model(tmp_path / "model"))
+
+    def bytes_of(**over: Any) -> int:
+        return needs.of(tuned(Grpo, max_completion_length=8, **over), folder).memory_bytes
+
+    weights = 4 * folder.parameters
+    plain = bytes_of(rewards=[{"kind": "exact_match"}])
+    alone = needs.of(tuned(Sft), folder).memory_bytes
+    assert plain - alone == weights
+    assert bytes_of(rewards=[{"kind": "python", "code": "x"}]) - plain == 512 << 20
+    spec = tuned(Grpo, rewards=[{"kind": "model", "model": "m"}], max_completion_length=8)
+    assert needs.of(spec, folder, rewarding=[folder]).memory_bytes - plain == weights
+    assert bytes_of() - plain == pytest.approx(weights, rel=0.01)
+    assert needs.checkpoint_bytes(tuned(Grpo), folder) == pytest.approx(
+        16 * folder.parameters, 1e-3
+    )

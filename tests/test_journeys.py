@@ -21,6 +21,7 @@ from transformers import (
 
 import task_files
 from house import KEY, House, chats, open_house
+from receivers import Receiver, Say
 from train_fixtures import WORDS, write_rows
 from tunesmith.spec.tasks.metrics import contract_metrics
 
@@ -302,10 +303,21 @@ def test_without_a_reward_model_one_is_trained_first_and_stays_beside_the_policy
     job, folder, _ = configured(tasked, text)
     assert {"reward/mean", "kl_divergence", "episode_length"} <= job["named"]
     AutoModelForCausalLM.from_pretrained(folder)
-    beside = f"{job['output_dir']}/reward_model"
-    assert AutoModelForSequenceClassification.from_pretrained(tasked.workspace / beside)
-    text += f"reward_model: {beside}\n"
-    configured(tasked, text)
+    assert AutoModelForSequenceClassification.from_pretrained(folder / "reward_model")
+
+
+def test_a_reward_service_is_asked_by_the_trainer(tasked: House) -> None:
+    service = Receiver()
+    try:
+        rounds = [{"scores": [float(at) for at in range(32)]}] * 2  # and one held-out row
+        said = [json.dumps(one).encode() for one in (*rounds, {"scores": [0.5]})]
+        service.answers["/score"] = [Say(200, body=one) for one in said]
+        text = RL_DATA.format("rl_scored") + "algorithm: grpo\nmax_new_tokens: 4\nmax_steps: 1\n"
+        job, _, _ = configured(tasked, f"{text}reward_model: {service.url('/score')}\n")
+    finally:
+        service.close()
+    assert "reward/url" in job["named"]
+    assert len(service.at("/score")) == 3
 
 
 def test_a_reward_model_is_wanted_where_rows_compare_nothing(tasked: House) -> None:

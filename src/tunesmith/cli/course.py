@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunesmith.spec.rewards import REWARD_MODEL
+
 MAX_LOSSES = 20_000
 """Kept for the curve; beyond it every second one is dropped."""
 STEPS_BEFORE_ETA = 5
@@ -42,6 +44,8 @@ class Course:
     peak_memory_bytes: int | None = None
     eta_seconds: float | None = None
     losses: list[float] = field(default_factory=list)
+    trial: str | None = None
+    """Whose step the last one was."""
     is_over: bool = False
     error: str | None = None
     hint: str | None = None
@@ -84,6 +88,7 @@ class Course:
         self.phase = "running" if self.phase in {"waiting", "queued", "starting"} else self.phase
         self.step = _whole(fields.get("step")) or self.step
         self.total_steps = _whole(fields.get("total_steps")) or self.total_steps
+        self._follow(_text(fields.get("trial")))
         self.loss = _number(fields.get("loss"))
         self.learning_rate = _number(fields.get("learning_rate"))
         self.tokens_per_second = _number(fields.get("tokens_per_second"))
@@ -94,6 +99,13 @@ class Course:
             self.losses.append(self.loss)
             if len(self.losses) > MAX_LOSSES:
                 del self.losses[::2]
+
+    def _follow(self, trial: str | None) -> None:
+        """The losses of a reward model that was trained first are no beginning of the policy's."""
+        if self.trial == REWARD_MODEL and trial is None:
+            self.losses.clear()
+            self.eval_loss = None
+        self.trial = trial
 
 
 def words_of(event: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

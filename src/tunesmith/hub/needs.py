@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from tunesmith.hub.folder import Matrix, ModelFolder
 from tunesmith.spec.records import Needs
+from tunesmith.spec.rewards import functions_bytes
 from tunesmith.spec.train import (
     Lora,
     Pretrain,
@@ -13,6 +14,7 @@ from tunesmith.spec.train import (
     Sweepable,
     TrainSpec,
     reward_training,
+    rewards_of,
 )
 
 PROCESS_BYTES = 400 << 20
@@ -38,6 +40,8 @@ def of(
     if first is not None:
         alone = of(first.model_copy(update={"run": Run()}), model).memory_bytes
         each = max(alone, each + 4 * parameters(first, model))
+    if not has_gpu:
+        each += functions_bytes(rewards_of(spec))
     return Needs(
         gpus=spec.run.devices if has_gpu else 0,
         memory_bytes=min(each * (1 if has_gpu else spec.run.devices), MAX_BYTES),

@@ -136,6 +136,11 @@ RewardSource = Annotated[
 ]
 
 
+def functions_bytes(sources: tuple[RewardSource, ...]) -> int:
+    """Memory that functions may take, beside the process that asks them."""
+    return sum(one.memory_mb << 20 for one in sources if isinstance(one, PythonFunction))
+
+
 def services_in(sources: tuple[RewardSource, ...]) -> tuple[str, ...]:
     """Addresses of services, each once."""
     named = (source.url for source in sources if isinstance(source, RewardService))

@@ -138,17 +138,22 @@ class TaughtJob(Job):
         task = self._task.model_copy(update={"plan": policy.plan_for(saved)})
         if self._task.is_probe:
             return policy.run()
+        try:
+            self._in_turn(task, saved)
+        finally:
+            if self._group.is_first:
+                shutil.rmtree(place_of(task), ignore_errors=True)
+        return None
+
+    def _in_turn(self, task: TrainerTask, saved: Saved | None) -> None:
         steps = self._resumed(saved) if saved is not None else None
         if steps is None:
             steps = self._teach(task)
             task = task.model_copy(update={"resume_from": None})
         if steps is None:
-            return None
+            return
         gc.collect()  # the first model, before there is a second
         Taught(task, self._report, self._asks, self._group).learn(steps)
-        if self._group.is_first:
-            shutil.rmtree(place_of(task), ignore_errors=True)
-        return None
 
     def _teach(self, task: TrainerTask) -> int | None:
         """None where a stop came. Raises JobFailure(data_error) where rows are no pairs."""
