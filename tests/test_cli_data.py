@@ -58,7 +58,7 @@ def test_a_sound_file_is_told_with_what_is_twice_in_it(capsys: Output) -> None:
     code, _, err = run("data check chat.jsonl", capsys)
     assert code == 0
     assert "3 rows, openai" in err
-    assert "2 rows say what an earlier row says (line 2 as line 1, line 3 as line 1)" in err
+    assert "2 rows with the words of an earlier row (line 2 as line 1, line 3 as line 1)" in err
 
 
 def test_faults_are_listed_by_line_and_end_with_1(capsys: Output) -> None:

@@ -94,11 +94,11 @@ def test_rows_that_repeat_are_refused_at_the_door_where_asked_for(workspace: Pat
         assert submit(door, duplicates="maybe").status_code == 422
         checked(door, dataset_path="data/train.jsonl", duplicates="refuse")
         [sentence] = warned(door, checked(door, **twice))
-        assert sentence.startswith("2 rows that say what an earlier row says (line 10 as line 1")
+        assert sentence.startswith("2 rows with the words of an earlier row (line 10 as line 1")
 
 
 def test_rows_of_both_sets_are_found_by_the_check_and_known_at_the_door(workspace: Path) -> None:
-    both = "2 rows of the validation set that stand in the training set as well (line 2 as line 5"
+    both = "2 rows of the validation set in the training set as well (line 2 as line 5"
     with open_door(workspace) as door:
         for name in ("data/train.jsonl", "data/eval.jsonl"):
             assert checked(door, dataset_path=name).error is None

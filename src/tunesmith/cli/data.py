@@ -166,12 +166,13 @@ def _reading(columns: list[str] | None, is_pretrain: bool, is_clean: bool) -> "R
 
 def _tell_report(name: str, report: "FileReport", is_pretrain: bool) -> None:
     from tunesmith.cli.text import bytes_text
+    from tunesmith.data.alike import REPEATED
 
     known = report.format or "no known format"
     tell(f"{name}: {report.num_samples:,} rows, {known}, {bytes_text(report.size)}")
     if report.ignored_fields:
         tell(f"ignored columns: {', '.join(report.ignored_fields)}")
-    repeated = report.duplicates.sentence("say what an earlier row says")
+    repeated = report.duplicates.sentence(REPEATED)
     if repeated:
         tell(f"warning: {repeated}")
     for fault in report.faults:

@@ -10,8 +10,8 @@ from tunesmith.data.reading import Reading
 from tunesmith.data.twins import Prints, Twins
 from tunesmith.errors import ValidationError
 
-REPEATED = "that say what an earlier row says"
-OVERLAPPING = "of the validation set that stand in the training set as well"
+REPEATED = "with the words of an earlier row"
+OVERLAPPING = "of the validation set in the training set as well"
 _REMEDIES = {
     "duplicates": "remove them, or leave duplicates: refuse out",
     "overlap": "remove them from one of the two, or leave overlap: refuse out",

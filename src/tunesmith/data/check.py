@@ -23,6 +23,10 @@ _BATCH = 256
 _LINES = 20
 _MAX_PATTERNS = 256
 _MAX_WORDS = 200_000
+_UNSHOWN = (
+    "the chat template leaves out what the role {role} says; change the rows, or use a model whose "
+    "template shows it"
+)
 _SHARE, _SPARE = 1.05, 8
 """The sum over words is no proof: a row whose sum is nearer than this to the limit is counted."""
 
@@ -82,6 +86,9 @@ def check_tokens(
             row = index[at]
         except RowFault as fault:
             tally.fault(fault.line, fault.message)
+            continue
+        if (role := ruler.unshown(row)) is not None:
+            tally.fault(row.line, f"line {row.line}: {_UNSHOWN.format(role=role)}")
             continue
         if not all(ruler.fits(one, max_length) for one in _sequences(row)):
             waiting.append(row)
@@ -180,7 +187,8 @@ class _Tally:
         if not rows:
             return "the data set has no row"
         if self.faults:
-            more = f" (and {len(self.faults) - 1} more)" if len(self.faults) > 1 else ""
+            others = self.faults[1:]
+            more = f" (and {len(others)} more, line {_few(others)})" if others else ""
             return f"{self.first_fault}{more}"[:4000]
         if self.long and self.overlong == "refuse":
             return (
@@ -214,6 +222,19 @@ class _Ruler:
         self.bytes_factor = renderer.tokens_per_byte
         self.words: dict[str, int] = {}
         self.frames: dict[tuple[str, ...], int | None] = {}
+        self.roles: dict[tuple[object, ...], str | None] = {}
+
+    def unshown(self, row: Row) -> str | None:
+        """A role whose messages the template leaves out; looked at once for each order of roles."""
+        if not row.messages:
+            return None
+        pattern = (bool(row.tools), *(said.role for said in row.messages))
+        if pattern not in self.roles:
+            if len(self.roles) >= _MAX_PATTERNS:
+                return None
+            left_out = self.renderer.unshown(row.messages, row.tools)
+            self.roles[pattern] = left_out[0] if left_out else None
+        return self.roles[pattern]
 
     def fits(self, row: Row, max_length: int) -> bool:
         """The first row of each pattern is never waved through, so that a template's refusal

@@ -340,6 +340,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+_NO_ROLE, _ROLE = "Invalid enum value", "unknown role"
+_ROLES = "; a message is by system, developer, user, assistant or tool"
 _NUL = "there is a NUL byte; the file may be UTF-16, save it as UTF-8"
 _HALF = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 _UNIQUE = json.JSONDecoder(object_pairs_hook=_unique, strict=True)
@@ -380,7 +382,8 @@ def _mismatch(line: bytes, format: Format, message: str) -> Wrong:
         return Wrong(f"this row is in the {other} format, the first one was {format}: use one")
     reason, _, path = message.partition(" - at `")
     loc = path.rstrip("`").removeprefix("$").removeprefix(".")
-    return Wrong(_plain(reason), loc)
+    is_role = loc.endswith(".role") and reason.startswith(_NO_ROLE)
+    return Wrong(reason.replace(_NO_ROLE, _ROLE) + _ROLES if is_role else _plain(reason), loc)
 
 
 def _plain(reason: str) -> str:

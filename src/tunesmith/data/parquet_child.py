@@ -95,18 +95,27 @@ def rows_a_batch(table: Any) -> int:
     return int(min(BATCH_ROWS, max(1.0, BATCH_BYTES / max(widest, 1.0))))
 
 
-def plain(batch: Any) -> Iterator[dict[str, Any]]:
+def plain(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+    """Its rows; of one whose text is none, what is wrong with it."""
     if batch.nbytes <= PLAIN_BYTES:
-        yield from batch.to_pylist()
-        return
+        try:
+            yield from batch.to_pylist()
+            return
+        except UnicodeDecodeError:  # nothing was handed out yet: row by row, then
+            pass
     for at in range(batch.num_rows):
-        yield from batch.slice(at, 1).to_pylist()
+        try:
+            yield from batch.slice(at, 1).to_pylist()
+        except UnicodeDecodeError as error:
+            yield error
 
 
-def line_of(row: dict[str, Any]) -> bytes:
+def line_of(row: dict[str, Any] | UnicodeDecodeError) -> bytes:
     import msgspec
 
     try:
+        if isinstance(row, UnicodeDecodeError):
+            raise row
         found = {name: text_of(value) for name, value in row.items()}
         return msgspec.json.encode(found) + b"\n"
     except UnicodeDecodeError as error:

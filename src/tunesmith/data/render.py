@@ -120,6 +120,19 @@ class Renderer:
         """What the template makes of a conversation. Raises TemplateError."""
         return self._draw(messages, tools, add_generation_prompt).text
 
+    def unshown(self, messages: Sequence[Message], tools: Tools = ()) -> list[str]:
+        """Roles of those whose words the template leaves out; none where it refuses them."""
+        marks = {at: f"mark{at}z" for at, said in enumerate(messages) if said.content}
+        marked = [
+            said.model_copy(update={"content": marks[at]}) if at in marks else said
+            for at, said in enumerate(messages)
+        ]
+        try:
+            text = self.text(marked, tools).lower()
+        except TemplateError:
+            return []
+        return sorted({messages[at].role for at, mark in marks.items() if mark not in text})
+
     def shown(self, row: Row) -> str:
         """The text that a row's tokens are made of. Raises as `encode`."""
         pieces, _ = self._pieces(row)

@@ -40,7 +40,7 @@ AT_ONCE = 4
 """Jobs checked before it is asked again whose duty that is."""
 _TOLD = {
     *("rows", "overlong", "overlong_count", "overlong_lines", "masked_count", "masked_lines"),
-    "notices",
+    *("cut_off_count", "cut_off_lines", "notices"),
 }
 UNASKED = Verdict(rows=0, renderer="0" * 64, max_length=0, overlong="drop", train_on="all")
 """Stands for a data set to pretrain on: every token of it is learnt."""

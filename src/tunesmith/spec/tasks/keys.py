@@ -106,6 +106,8 @@ KEYS: tuple[Key, ...] = (
         "tokenizer_path tokenizer_name tokenizer_name_or_path tokenizer_model",
     ),
     _key("columns", "columns", "field of a format → column of the file"),
+    _key("duplicates", "duplicates", "warn or refuse where rows say the same"),
+    _key("overlap", "overlap", "warn or refuse where rows of eval_dataset are trained on too"),
     _key("output_dir", OUTPUT_DIR, "where the result goes", "output_path"),
     _key(
         "sampling",
