@@ -6,9 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
+from train_fixtures import make_model, write_rows
+from tunesmith.data.render import Renderer
+from tunesmith.data.rows import RowIndex
 from tunesmith.spec.train import Optim
 from tunesmith.train.batches import Feed, Sample, Shuffle, split
 from tunesmith.train.omissions import MAX_LINES, Omissions
+from tunesmith.train.pretrain import BlockSource
 from tunesmith.train.schedule import learning_rate
 
 
@@ -145,3 +149,19 @@ def test_omissions_count_all_and_name_the_first_lines():
     assert again.sentence() == text
     assert len(again.lines["overlong"]) == MAX_LINES
     assert again.dropped == 31
+
+
+def test_a_step_of_packed_documents_knows_the_lines_that_it_was_made_of(tmp_path):
+    texts = [chr(97 + i) * (3 + 5 * (i % 4)) for i in range(20)]
+    path = write_rows(tmp_path / "text.jsonl", [{"text": text} for text in texts])
+    renderer = Renderer.load(make_model(tmp_path / "model"))
+    with RowIndex.open(path) as rows:
+        feed = Feed(BlockSource(rows, renderer, 16, 7), 3)
+        for _ in range(2 * feed.steps_an_epoch):
+            before = feed.state()
+            ids = [id for sample in feed.take() for id in sample.ids]
+            letters = set(renderer.decode(ids)) & set("".join(texts))
+            told = {texts[line - 1][0] for line in feed.lines(before)}
+            assert letters <= told
+            assert len(told - letters) <= 1  # one of which the end token alone is left
+        assert feed.epoch >= 1

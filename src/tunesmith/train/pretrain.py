@@ -86,11 +86,11 @@ class BlockSource:
         return max(1.0, (self._seen_tokens + rest) / self._length)
 
     def lines(self, epoch: int, start: dict[str, Any], end: dict[str, Any] | None) -> list[int]:
-        count = len(self._rows)
-        order = None if self._seed is None else Shuffle(count, self._seed, epoch)
-        stop = count if end is None else end["cursor"] + (end["skipped"] > 0)
+        drawn = self._documents(epoch)
+        order = None if self._seed is None else Shuffle(len(drawn), self._seed, epoch)
+        stop = len(drawn) if end is None else end["cursor"] + (end["skipped"] > 0)
         places = [order[at] if order else at for at in range(start["cursor"], stop)]
-        return [read_row(self._rows, place).line for place in places]
+        return list(dict.fromkeys(read_row(drawn, place).line for place in places))
 
     def nothing_usable(self) -> JobFailure:
         return JobFailure(FailureClass.DATA_ERROR, "the data set holds no text to train on")
