@@ -20,6 +20,8 @@ class _Server(ThreadingHTTPServer):
 
 @dataclass
 class Repo:
+    """A data set's is added as `datasets/<name>`."""
+
     folder: Path
     commit: str
     cuts: int = 0
@@ -90,8 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = urlsplit(self.path).path
         self.house.asked.append((self.command, path, self.headers.get("Range", "")))
-        is_api = path.startswith("/api/models/")
-        name, word, rest = _split(path.removeprefix("/api/models/" if is_api else "/"))
+        name, word, rest = _split(path.removeprefix("/api").removeprefix("/models")[1:])
         repo = self.house.repos.get(name)
         if repo is None:
             self._refuse(404, "RepoNotFound")
@@ -108,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(403, "GatedRepo")
         if not path.is_file():
             return self._refuse(404, "EntryNotFound")
-        body, is_weights = path.read_bytes(), name.endswith(".safetensors")
+        body, is_weights = path.read_bytes(), name.endswith((".safetensors", "slow.jsonl"))
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         is_get = self.command == "GET"
         if is_get and is_weights:
@@ -159,7 +160,8 @@ def _info(name: str, repo: Repo) -> dict[str, Any]:
     siblings = []
     for path in _files(repo):
         body = path.read_bytes()
-        entry: dict[str, Any] = {"rfilename": path.name, "size": len(body), "blobId": "0" * 40}
+        name_there = path.relative_to(repo.folder).as_posix()
+        entry: dict[str, Any] = {"rfilename": name_there, "size": len(body), "blobId": "0" * 40}
         if len(body) >= LARGE_BYTES:
             sha256 = hashlib.sha256(body).hexdigest()
             entry["lfs"] = {"sha256": sha256, "size": len(body), "pointerSize": 130}
@@ -175,4 +177,4 @@ def _tree(repo: Repo) -> list[dict[str, Any]]:
 
 
 def _files(repo: Repo) -> list[Path]:
-    return sorted(path for path in repo.folder.iterdir() if path.is_file())
+    return sorted(path for path in repo.folder.rglob("*") if path.is_file())

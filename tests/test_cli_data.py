@@ -47,7 +47,7 @@ def test_rows_that_stand_in_both_files_are_told(here: Path, capsys: Output) -> N
     write_rows(here / "eval.jsonl", [{"messages": CHAT[0]["messages"] * 2}, CHAT[0]])
     code, _, err = run("data check chat.jsonl --eval eval.jsonl", capsys)
     assert code == 0
-    assert "1 row of the validation set that stand" in err
+    assert "1 row of the validation set in the training set" in err
     assert "(line 2 as line 1)" in err
     _, out, _ = run("data check chat.jsonl --eval eval.jsonl --json", capsys)
     assert json.loads(out)["overlap"]["first"] == [{"line": 2, "first": 1}]

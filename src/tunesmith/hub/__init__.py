@@ -37,6 +37,7 @@ from tunesmith.hub.mirror import MlflowMirror
 from tunesmith.hub.outbox import Outbox
 from tunesmith.hub.preview import Previews
 from tunesmith.hub.principal import Principal
+from tunesmith.hub.remote_data import RemoteData
 from tunesmith.hub.retention import Retention
 from tunesmith.hub.webhooks import Webhooks
 from tunesmith.settings import Settings
@@ -86,6 +87,7 @@ class Hub:
         self.depot = Depot(self)
         self.webhooks = Webhooks(self)
         self.previews = Previews(self)
+        self.remote_data = RemoteData(self)
         self.checks: Checks
         self.watcher: Watch
 
@@ -270,6 +272,16 @@ class Hub:
         return f"no log yet: waiting for room, number {place} in the queue"
 
     # models and data
+
+    def find_data(self, name: str, who: Principal, field: str) -> names.FoundData:
+        """As `names.find_data`, and what the hub has. May take seconds."""
+        try:
+            return names.find_data(self.store, self.settings, name, who, field)
+        except NotFoundError:
+            found = self.remote_data.find(name, field)
+            if found is None:
+                raise
+            return found
 
     def find_model(self, name: str, who: Principal, field: str = "model") -> names.FoundModel:
         return names.find_model(self.store, self.settings, name, who, field)

@@ -20,7 +20,7 @@ from tunesmith.hub import checks, data, overlaps, tokenizers
 from tunesmith.hub.data import Pinned
 from tunesmith.hub.estimate import Ran
 from tunesmith.hub.folder import read
-from tunesmith.hub.names import FoundModel, find_base, find_data
+from tunesmith.hub.names import FoundModel, find_base
 from tunesmith.hub.principal import Principal
 from tunesmith.hub.trace import Trace
 from tunesmith.spec.hands import Capacity
@@ -236,7 +236,7 @@ class Lookup:
             trace = Trace.of(self._hub.workspace / name)
         except (OSError, ValueError):
             trace = None
-        source = find_data(self._hub.store, self._hub.settings, name, who, field)
+        source = self._hub.find_data(name, who, field)
         found = data.pin(self._hub, source, field, reading)
         self._hub.known.keep_data(name + reading.key, trace, found, source.path)
         return found

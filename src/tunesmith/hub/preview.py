@@ -17,7 +17,6 @@ from tunesmith.data.scan import open_regular
 from tunesmith.errors import BadRequestError, JobFailure, ValidationError
 from tunesmith.hub.data import refuse_elsewhere, usual_suffix
 from tunesmith.hub.folder import ModelFolder
-from tunesmith.hub.names import find_data
 from tunesmith.hub.principal import Principal
 from tunesmith.spec.sampling import Sampling
 from tunesmith.train.pretrain import BlockSource
@@ -77,7 +76,7 @@ class Previews:
     def _show(self, model: str, dataset: str, wanted: Wanted, who: Principal) -> Shown:
         hub = self._hub
         folder = hub.find_model(model, who, "model_name").folder
-        found = find_data(hub.store, hub.settings, dataset, who, "dataset_path")
+        found = hub.find_data(dataset, who, "dataset_path")
         suffix = usual_suffix(found.suffix, found.name, "dataset_path")
         with open_regular(found.path) as file:
             refuse_elsewhere(found.path, file)

@@ -119,7 +119,7 @@ def find(settings: Settings, repo: str, field: str) -> ModelFolder | None:
 
 def ask(settings: Settings, repo: str, commit: str | None = None) -> RemoteModel:
     """A repository's newest commit and its files, or those of one commit. Raises HubRefusal."""
-    with _client(settings) as client:
+    with open_client(settings) as client:
         return _ask(client, settings, repo, commit, time.monotonic() + 6 * TOTAL_SECONDS)
 
 
@@ -149,18 +149,18 @@ def started(work: Callable[[], T]) -> "Future[T]":
 
 def _look(settings: Settings, repo: str) -> tuple[RemoteModel, dict[str, bytes]]:
     deadline = time.monotonic() + TOTAL_SECONDS
-    with _client(settings) as client:
+    with open_client(settings) as client:
         model = _ask(client, settings, repo, None, deadline)
         base = f"{endpoint(settings)}/{repo}/resolve/{model.snapshot.commit}"
         names = [file.name for file in model.files if file.name in _CONFIGS]
         configs = {
-            name: _get(client, settings, repo, f"{base}/{name}", MAX_CONFIG_BYTES, deadline)
+            name: read_body(client, settings, repo, f"{base}/{name}", MAX_CONFIG_BYTES, deadline)
             for name in names
         }
     return model, configs
 
 
-def _client(settings: Settings) -> httpx2.Client:
+def open_client(settings: Settings) -> httpx2.Client:
     token = settings.hub_token.get_secret_value()
     return httpx2.Client(
         timeout=httpx2.Timeout(TOTAL_SECONDS, connect=CONNECT_SECONDS),
@@ -174,7 +174,7 @@ def _ask(
     client: httpx2.Client, settings: Settings, repo: str, commit: str | None, deadline: float
 ) -> RemoteModel:
     url = f"{endpoint(settings)}/api/models/{repo}" + (f"/revision/{commit}" if commit else "")
-    body = _get(client, settings, repo, f"{url}?blobs=true", MAX_INFO_BYTES, deadline)
+    body = read_body(client, settings, repo, f"{url}?blobs=true", MAX_INFO_BYTES, deadline)
     try:
         return _parse(json.loads(body), settings.hub_cache, repo)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -184,7 +184,7 @@ def _ask(
         ) from None
 
 
-def _get(
+def read_body(
     client: httpx2.Client, settings: Settings, repo: str, url: str, limit: int, deadline: float
 ) -> bytes:
     """A body of at most `limit` bytes. Raises HubRefusal."""
@@ -192,7 +192,7 @@ def _get(
     try:
         with client.stream("GET", url) as response:
             if response.status_code != 200:
-                raise _refusal(settings, repo, response)
+                raise as_refusal(settings, repo, response)
             for block in response.iter_bytes():
                 found += block
                 if len(found) > limit:
@@ -208,7 +208,7 @@ def _get(
     return bytes(found)
 
 
-def _refusal(settings: Settings, repo: str, response: httpx2.Response) -> HubRefusal:
+def as_refusal(settings: Settings, repo: str, response: httpx2.Response) -> HubRefusal:
     place, status = endpoint(settings), response.status_code
     if response.headers.get("x-error-code") == "GatedRepo":
         return HubRefusal(
@@ -239,7 +239,7 @@ def _parse(info: Any, cache: Path, repo: str) -> RemoteModel:
     counted = (info.get("safetensors") or {}).get("total")
     return RemoteModel(
         snapshot=Snapshot(cache, repo, commit),
-        files=tuple(_file(entry) for entry in siblings if entry["rfilename"] in wanted),
+        files=tuple(file_of(entry) for entry in siblings if entry["rfilename"] in wanted),
         has_pickles=any("/" not in name and name.endswith(_PICKLES) for name in names),
         parameters=counted if type(counted) is int and 0 < counted < _MAX_FILE_BYTES else 0,
     )
@@ -254,7 +254,7 @@ def _weights(names: set[str]) -> set[str]:
     return shards or found
 
 
-def _file(entry: dict[str, Any]) -> RemoteFile:
+def file_of(entry: dict[str, Any]) -> RemoteFile:
     large = entry.get("lfs") or {}
     size, sha256 = large.get("size", entry.get("size")), large.get("sha256")
     if type(size) is not int or not 0 <= size <= _MAX_FILE_BYTES:

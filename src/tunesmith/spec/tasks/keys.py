@@ -83,7 +83,7 @@ KEYS: tuple[Key, ...] = (
     _key(
         "dataset",
         "dataset",
-        "the rows to learn from",
+        "the rows to learn from: a file, a registered name, org/name or org/name/file of the hub",
         "dataset_path dataset_name train_dataset train_dataset_path train_file training_file "
         "data data_path",
     ),
