@@ -51,6 +51,8 @@ EACH_STEP = Run(save_steps=1, save_seconds=3600, keep_checkpoints=3)
 TIMES = {"tokens_per_second", "peak_memory_bytes", "cpu_seconds", "eta_seconds", "type", "time"}
 """Of an event, what may differ."""
 
+TAUGHT = [{"kind": "trained", "learning_rate": 1e-3}]
+
 Make = Callable[[], AnySpec]
 
 
@@ -113,6 +115,9 @@ KINDS: Mapping[str, Kind] = {
     "GRPO full": Kind("guesses", _reinforced(Grpo)),
     "GRPO LoRA": Kind("guesses", _reinforced(Grpo, lora=Lora(rank=4))),
     "RLOO": Kind("guesses", _reinforced(Rloo)),
+    "GRPO, a reward model first": Kind(
+        "preferences", _reinforced(Grpo, rewards=TAUGHT, max_length=96, lora=Lora(rank=4))
+    ),
     "PPO": Kind("guesses", _reinforced(Ppo, update_epochs=2)),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rl_fixtures import MATCH, guessing
+from rl_fixtures import ANSWERS, ASKED, MATCH, guessing, inputs_of
 from train_fixtures import Events, Place, run_here, tuned
 from tunesmith.spec.train import Grpo, Ppo
 
@@ -60,6 +60,26 @@ def test_a_reward_grows_from_a_guess_to_nearly_always(
     assert by_round(events, kind, "reward/mean")[0] < 0.3
     assert statistics.mean(by_round(events, kind, "reward/mean")[-5:]) > 0.85
     assert events.of("evaluated")[-1]["metrics"]["eval_reward/mean"] > 0.9
+
+
+def test_a_policy_learns_from_the_reward_model_that_the_job_trained_first(place: Place) -> None:
+    """Told only which of two answers is better, it comes to give the best one: exact matches weigh
+    nothing, and are looked at."""
+    rows = [
+        {"prompt": word, "chosen": ANSWERS[1], "rejected": other}
+        for word in ASKED[:4]
+        for other in (ANSWERS[0], *ANSWERS[2:])
+    ]
+    inputs = inputs_of(place, rows * 8, "pairs.jsonl")
+    trained = {"kind": "trained", "learning_rate": 3e-3, "epochs": 2, "batch_size": 8}
+    rewards = [trained, {"kind": "exact_match", "weight": 0}]
+    asked = GRPO | {"rewards": rewards, "beta": 0.3, "mask_truncated": True}
+    asked |= {"learning_rate": 1e-3, "max_steps": 100}
+    events = run_here(place.task(tuned(Grpo, **asked), inputs=inputs))
+    policy = [step["metrics"] for step in events.of("step") if step["trial"] is None]
+    matches = [metrics["reward/exact_match"] for metrics in policy]
+    assert matches[0] < 0.3
+    assert statistics.mean(matches[-10:]) > 0.6
 
 
 def test_divergence_is_held_near_its_target(place: Place) -> None:
