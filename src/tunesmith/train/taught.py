@@ -80,6 +80,7 @@ class Teaching(Job):
     def _finish(self, opened: Opened, loop: Loop, method: Method) -> None:
         if not loop.is_total_exact:
             self._tell_omissions(method)
+        opened.model.gather()
         if self._group.is_first:
             folder = place_of(self._task)
             shutil.rmtree(folder, ignore_errors=True)
