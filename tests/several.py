@@ -2,8 +2,8 @@
 
     python tests/several.py < cases.json
 
-A case is a task and, for each of its processes, how many bytes more than it holds it may have when
-its first step begins; 0 sets no limit. Events go to <attempt_dir>.<rank>.events, logs to
+A case is a task and, for each of its processes, how many bytes it may have beside its model; 0
+sets no limit. Events go to <attempt_dir>.<rank>.events, logs to
 <attempt_dir>.<rank>.log, one case after the other.
 """
 
@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 from train_fixtures import Events, read_events
-from tunesmith.spec.pipe import Started, TrainerEvent, TrainerTask
+from tunesmith.spec.pipe import Notice, Started, TrainerEvent, TrainerTask
 from tunesmith.train import process
 from tunesmith.train.report import Report
 
@@ -29,23 +29,25 @@ def run_several(cases: list[tuple[TrainerTask, list[int]]]) -> list[Events]:
         [sys.executable, __file__],
         input=json.dumps(body).encode(),
         env={**os.environ, "PYTHONPATH": "src:tests"},
-        timeout=100,
+        timeout=300,
         check=True,
     )
     return [read_events(Path(task.attempt_dir).with_suffix(".0.events")) for task, _ in cases]
 
 
 class Tight(Report):
-    """The kernel refuses memory from the moment that a job has started."""
+    """The kernel refuses memory from the moment that a job has said its first word, which is that
+    its model, then opened, has a shorter context than was asked for."""
 
     room = 0
 
     def send(self, event: TrainerEvent) -> None:
         super().send(event)
-        if isinstance(event, Started) and self.room:
+        if isinstance(event, Notice | Started) and self.room:
             words = Path("/proc/self/status").read_text().split()
             held = int(words[words.index("VmData:") + 1]) * 1024
             resource.setrlimit(resource.RLIMIT_DATA, (held + self.room, held + self.room))
+            self.room = 0
 
 
 def main() -> None:

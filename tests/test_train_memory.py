@@ -63,6 +63,7 @@ class Told:
     alone: Events
     pair: Events
     hopeless: Events
+    probed: Events
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,7 @@ def told(place: Place) -> Told:
         (place.task(dropping(batch_size=48), plan=PLAN), [ROOM]),
         (pair_task(place), [0, ROOM // 2]),
         (place.task(sft(batch_size=48), plan=PLAN), [1 << 20]),
+        (place.task(sft(batch_size=48, run=Run(probe=True)), plan=PLAN), [ROOM]),
     ]
     return Told(*run_several(cases))
 
@@ -110,6 +112,12 @@ def test_a_sample_that_does_not_fit_by_itself_ends_the_job(told: Told) -> None:
     failed = told.hopeless.last
     assert failed["failure_class"] == "oom_host"
     assert "a pass of one sample does not fit either" in failed["message"]
+
+
+def test_a_probe_that_does_not_fit_is_told_of_and_the_job_goes_on(told: Told) -> None:
+    codes = [event["code"] for event in told.probed.of("notice")]
+    assert codes.index("probe_failed") < codes.index("passes_halved")
+    assert told.probed.last["type"] == "finished"
 
 
 def test_passes_are_halved_until_there_are_more_of_them() -> None:

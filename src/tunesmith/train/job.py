@@ -34,10 +34,11 @@ from tunesmith.train.best import Watch
 from tunesmith.train.checkpoint import Saved, Shelf
 from tunesmith.train.comparison import Compared, Pace, draw
 from tunesmith.train.evaluate import Evaluation
-from tunesmith.train.failure import is_disk_full
+from tunesmith.train.failure import is_disk_full, is_out_of_memory, judge
 from tunesmith.train.loop import Loop, Parts
 from tunesmith.train.methods import Data, Method, Stage, ready
 from tunesmith.train.naming import name_base
+from tunesmith.train.narrowing import free_memory, may_narrow
 from tunesmith.train.objective import Ground
 from tunesmith.train.omissions import Omissions
 from tunesmith.train.parallel import Group
@@ -117,7 +118,7 @@ class Job:
             self._report.send(Stopped(step=saved.state["counts"]["step"] if saved else 0))
             return
         if self._task.is_probe or self._spec.run.probe:
-            self._report.send(self._probe(opened, method))
+            self._tell_probe(opened, method)
         if self._task.is_probe:
             self._report.send(Stopped(step=0))
             return
@@ -333,6 +334,24 @@ class Job:
     def _samples_a_step(self) -> int:
         optim = self._spec.optim
         return optim.batch_size * optim.gradient_accumulation_steps * self._group.size
+
+    def _tell_probe(self, opened: Opened, method: Method) -> None:
+        """Where memory does not suffice, a job goes on: a step that needs it has smaller passes."""
+        try:
+            self._report.send(self._probe(opened, method))
+        except Exception as error:
+            may_go_on = may_narrow(self._standing, self._group, method.objective)
+            if self._task.is_probe or not may_go_on or not is_out_of_memory(error):
+                raise
+            fault = judge(error)
+        else:
+            return
+        free_memory()
+        self._notice(
+            "probe_failed",
+            f"a step on the longest samples does not fit in passes of "
+            f"{self._standing.micro_batch_tokens:,} tokens, which will be halved: {fault}",
+        )
 
     def _probe(self, opened: Opened, method: Method) -> Probed:
         samples = self._samples_a_step

@@ -24,7 +24,7 @@ from tunesmith.train.counts import Counts
 from tunesmith.train.evaluate import Evaluation
 from tunesmith.train.failure import MAX_MESSAGE, is_disk_full, is_out_of_memory, judge
 from tunesmith.train.memory import peak_bytes
-from tunesmith.train.narrowing import free_memory, hopeless, narrow
+from tunesmith.train.narrowing import free_memory, hopeless, may_narrow, narrow
 from tunesmith.train.norms import adapter_norms
 from tunesmith.train.objective import Objective, means
 from tunesmith.train.optimizer import Optimizer
@@ -208,7 +208,8 @@ class Loop:
         try:
             mine = self._forward_backward(samples)
         except Exception as error:
-            if not self._may_narrow or not is_out_of_memory(error):
+            is_alone = may_narrow(self._parts.standing, self._group, objective)
+            if not is_alone or not is_out_of_memory(error):
                 raise
             fault = judge(error)
         mean, *numbers, faults = self._group.add_up(*mine, float(fault is not None))
@@ -238,13 +239,6 @@ class Loop:
             total = total + loss.detach().double()
             totals_M2 = totals_M2.to(measured.totals_M2.device) + measured.totals_M2
         return (float(total), *totals_M2.flatten().tolist())
-
-    @property
-    def _may_narrow(self) -> bool:
-        if self._group.size == 1:
-            return True
-        is_sharded = self._parts.standing.plan.parallel == "fsdp"
-        return not is_sharded and not self._parts.objective.is_exchanging
 
     def _narrow(
         self, samples: Sequence[Sized], fault: JobFailure, before: dict[str, Tensor]

@@ -15,6 +15,7 @@ import torch
 from tunesmith.errors import JobFailure
 from tunesmith.nn.memory import give_back_freed_memory
 from tunesmith.train.batches import Sized, split
+from tunesmith.train.objective import Objective
 from tunesmith.train.parallel import Group
 from tunesmith.train.standing import Standing
 
@@ -53,6 +54,13 @@ def narrow(
             )
     standing.narrow(before)
     return None
+
+
+def may_narrow(standing: Standing, group: Group, objective: Objective[Any]) -> bool:
+    """Whether a process may break its passes off by itself: no other waits for it within them."""
+    if group.size == 1:
+        return True
+    return standing.plan.parallel != "fsdp" and not objective.is_exchanging
 
 
 def _passes(group: Group, samples: Sequence[Sized], standing: Standing) -> int:

@@ -30,12 +30,17 @@ def probe(
 ) -> Probed:
     """Forward and backward over `samples` samples, twice; the second time is measured.
 
-    Leaves weights and random numbers as they were; the source has to be opened anew.
+    Leaves weights and random numbers as they were, also where it fails; the source has to be opened
+    anew.
     """
     longest = stand_ins(_longest(source, samples))
     before = randomness.capture(plan.device)
-    seconds = min(_step(model, objective, longest) for _ in range(2))
-    randomness.restore(before, plan.device)
+    try:
+        seconds = min(_step(model, objective, longest) for _ in range(2))
+    finally:
+        randomness.restore(before, plan.device)
+        for parameter in model.trainable().values():
+            parameter.grad = None
     trained = sum(parameter.numel() for parameter in model.trainable().values())
     return Probed(
         samples=len(longest),

@@ -104,7 +104,7 @@ class SweepJob(Job):
             self._report.send(Stopped(step=saved.state["counts"]["step"] if saved else 0))
             return
         if self._task.is_probe or self._spec.run.probe:
-            self._report.send(self._probe(opened, self._trials[0].method))
+            self._tell_probe(opened, self._trials[0].method)
         if self._task.is_probe:
             self._report.send(Stopped(step=0))
             return
