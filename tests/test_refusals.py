@@ -12,10 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from starlette.testclient import TestClient
+from tokenizers import Tokenizer, normalizers
 
 from api_fixtures import hub_of, make_workspace, open_door
 from data_fixtures import FAMILIES, Family, conversations
+from task_files import PLAIN_PIECES, sentencepiece_model
 from train_fixtures import write_rows
+from tunesmith.data import sentencepiece
 from tunesmith.data.render import Renderer
 from tunesmith.hub.principal import Principal
 from tunesmith.spec.chat import Message
@@ -175,6 +178,26 @@ def test_a_template_that_leaves_a_role_out_is_refused_with_the_rows(door: TestCl
     assert told["type"] == "failed"
     assert told["message"].startswith("line 2: the chat template leaves out what the role system")
     assert told["message"].endswith("(and 1 more, line 4)")
+
+
+def test_a_tokenizer_that_breaks_fails_its_job_and_no_other(door: TestClient) -> None:
+    """A table of characters with a byte missing: the library panics, outside of Exception."""
+    place = hub_of(door).workspace
+    model = place / "models" / "broken"
+    shutil.copytree(place / "models" / "tiny", model)
+    table = sentencepiece.read(sentencepiece_model(**PLAIN_PIECES)).charsmap
+    start = 4 + int.from_bytes(table[:4], "little")
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Precompiled(table[:start] + table[start + 1 :])
+    tokenizer.save(str(model / "tokenizer.json"))
+    asked = chat(("user", "ｱ"), ("assistant", "ｱ" * 99))
+    dataset = write(place / "data", [FINE, asked], "jsonl")
+    text = f"task_type: sft\nmodel: models/broken\ndataset: {dataset}\n"
+    headers = {"Content-Type": "application/yaml"}
+    told = looked_at(door, door.post("/train/config", content=text, headers=headers))
+    assert told["type"] == "failed"
+    assert "the tokenizer breaks on a text" in told["message"]
+    assert looked_at(door, submit(door, "sft", dataset, "max_length: 99\n"))["type"] == "validated"
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

@@ -14,6 +14,7 @@ from tunesmith.data.formats import Row, RowFault
 from tunesmith.data.measure import measure
 from tunesmith.data.render import NOTICES, Encoded, Renderer, TemplateError, TrainOn
 from tunesmith.data.rows import Rows
+from tunesmith.data.tokens import BreakingTold
 from tunesmith.errors import ValidationError
 from tunesmith.spec.chat import Message
 from tunesmith.spec.estimate import Measure
@@ -294,7 +295,8 @@ class _Ruler:
             self.words.clear()
         new = list(dict.fromkeys(words))
         spaced = [f" {word}" for word in new]
-        found = self.renderer.tokenizer.encode_batch_fast(spaced, add_special_tokens=False)
+        with BreakingTold():
+            found = self.renderer.tokenizer.encode_batch_fast(spaced, add_special_tokens=False)
         self.words.update({word: len(each.ids) for word, each in zip(new, found, strict=True)})
 
 

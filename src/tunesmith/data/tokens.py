@@ -37,6 +37,18 @@ class TokenizerFault(ValidationError):
     error_code = "tokenizer"
 
 
+class BreakingTold:
+    """Around the library's calls: it panics on some damaged tables, outside of Exception. Raises
+    TokenizerFault then."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is not None and kind.__name__ == "PanicException":
+            raise TokenizerFault(f"the tokenizer breaks on a text: {str(error)[:200]}") from None
+
+
 @dataclass(frozen=True)
 class TokenizerFiles:
     tokenizer: Tokenizer

@@ -5,7 +5,7 @@ from functools import cached_property
 
 from tokenizers import Tokenizer
 
-from tunesmith.data.tokens import TokenizerFiles
+from tunesmith.data.tokens import BreakingTold, TokenizerFiles
 
 _MAX_ANCHORS = 4096
 
@@ -37,13 +37,15 @@ class Vocabulary:
         return (self.tokenizer.id_to_token(self.eos_id) or "") if self.eos_id is not None else ""
 
     def ids(self, text: str) -> list[int]:
-        found: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        with BreakingTold():
+            found: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return found
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """The characters that each token covers."""
         found: list[tuple[int, int]]
-        found = self.tokenizer.encode(text, add_special_tokens=False).offsets
+        with BreakingTold():
+            found = self.tokenizer.encode(text, add_special_tokens=False).offsets
         return found
 
     def many(self, texts: Iterable[str]) -> dict[str, list[int]]:
@@ -51,7 +53,8 @@ class Vocabulary:
         if self.adds_space:
             return {}
         unique = list(dict.fromkeys(texts))
-        found = self.tokenizer.encode_batch_fast(unique, add_special_tokens=False)
+        with BreakingTold():
+            found = self.tokenizer.encode_batch_fast(unique, add_special_tokens=False)
         return {text: each.ids for text, each in zip(unique, found, strict=True)}
 
     def follow(self, before: str, text: str, known: Mapping[str, list[int]]) -> list[int]:

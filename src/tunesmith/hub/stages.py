@@ -22,12 +22,18 @@ def place_of(artifact: str, name: str) -> Path | None:
 
 
 def on_the_way(home: Path, job_id: str, name: str) -> Path | None:
-    """Of a job that has no result yet: where its newest attempt has it."""
+    """Of a job that has no result yet: where its newest attempt has it, or the checkpoint that came
+    from another host."""
     if not _NAME.fullmatch(name):
         return None
     attempts = (home / "jobs" / job_id / "attempts").glob("[0-9]*")
     newest = sorted(attempts, key=lambda path: int(path.name), reverse=True)
-    return next(filter(None, (_model(path / STAGES / name) for path in newest)), None)
+    places = (one for path in newest for one in (path / STAGES / name, _checkpoint(path, name)))
+    return next(filter(None, map(_model, places)), None)
+
+
+def _checkpoint(attempt: Path, name: str) -> Path:
+    return attempt / "checkpoints" / name / "model"
 
 
 def _model(folder: Path) -> Path | None:
