@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 
 from api_fixtures import LOCAL, copy_model, hub_of, make_workspace, open_door
 from house import preferences
+from servers import wait_for
 from task_files import LORA, SFT, sentencepiece_model
 from train_fixtures import write_rows
 from tunesmith.errors import NotFoundError
@@ -256,3 +257,19 @@ def test_completions_that_leave_no_room_for_a_prompt_are_refused_at_once(door: T
     answer = door.post("/train/config", json=body)
     assert answer.status_code == 400
     assert "max_completion_length: 512 leaves no room for a prompt" in answer.json()["detail"]
+
+
+def test_pairs_that_a_reward_model_cannot_be_trained_on_are_found_before_a_claim(
+    door: TestClient,
+) -> None:
+    rows = [{"prompt": "빛", "chosen": "돌 " * 200, "rejected": "물 " * 200}] * 2
+    write_rows(hub_of(door).workspace / "data" / "long.jsonl", rows)
+    body = {"method": "grpo", "model": "models/tiny", "dataset": "data/long.jsonl"}
+    body |= {"max_completion_length": 8, "max_length": 64}
+    asked = door.post("/train/config", json=body | {"rewards": [{"kind": "exact_match"}]})
+    assert asked.status_code == 200
+    job_id = door.post("/train/config", json=body).json()["job_id"]
+    wait_for(lambda: door.get(f"/jobs/{job_id}").json()["status"] == "failed", "the check")
+    assert "longer than 64 tokens" in door.get(f"/jobs/{job_id}").json()["error"]
+    again = door.post("/train/config", json=body)
+    assert (again.status_code, "longer than 64" in again.text) == (422, True)

@@ -239,6 +239,15 @@ def test_the_contracts_rl_file_is_rewarded_by_its_model_or_by_none_yet() -> None
     assert "name of a reward model" in faults(RL.replace("qwen-7b-rm", "[1]"))[0]
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["https://", "http://a:b@c/", "http://a/#b", "http://[::1", "http://a:99999/", "http://a b/"],
+)
+def test_a_reward_service_has_a_plain_address(url: str) -> None:
+    [fault] = faults(RL.replace("qwen-7b-rm", f"'{url}'"))
+    assert "has to be a plain address" in fault
+
+
 def test_a_twentieth_is_held_out_unless_an_eval_dataset_is_given() -> None:
     for task in TASKS:
         text = f"task_type: {task}\n{ROWS}"

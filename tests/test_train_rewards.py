@@ -158,3 +158,16 @@ def test_a_slow_pattern_is_told_of_once(monkeypatch):
     slow = {"kind": "regex", "pattern": r"(a|aa)+$"}
     assert scores(slow, None, "a" * 60 + "!", "a" * 61 + "!", said=said) == [0, 0]
     assert said == ["reward_slow"]
+
+
+def test_sources_of_one_kind_have_names_of_their_own():
+    sources = [
+        {"kind": "regex", "pattern": "a"},
+        {"kind": "rouge"},
+        {"kind": "regex", "pattern": "b"},
+    ]
+    found = open_rewarders(
+        tuned(Rloo, **SHORT, rewards=sources).rewards,
+        Bench({}, Plan(threads=1), "prompts", lambda code, _: None),
+    )
+    assert found.names == ("regex", "rouge", "regex_2")

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import logging
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from tunesmith.hub.estimate import foretell
 from tunesmith.hub.folder import ModelFolder, read
 from tunesmith.spec.estimate import Measure
 from tunesmith.spec.records import Job, Source
-from tunesmith.spec.train import Pretrain, Reinforcing, Sft, TrainSpec, Tuning
+from tunesmith.spec.train import Pretrain, Reinforcing, Sft, TrainSpec, Tuning, reward_training
 from tunesmith.store import catalog, jobs
 from tunesmith.store.tables import UNCHECKED
 
@@ -127,21 +128,28 @@ def _verdicts(hub: "Hub", job: Job) -> list[Verdict]:
     sources = [job.dataset] if job.eval_dataset is None else [job.dataset, job.eval_dataset]
     folder, reading = read(Path(job.model.path)), Reading.of(job.spec)
     found = []
-    for source in sources:
+    for spec, source in product(trainings(job.spec), sources):
+        assert isinstance(spec, Tuning)
         index = RowIndex.open(Path(source.path), reading)
         renderer = hub.renderer(folder, index.format)
-        place = key(source.sha256 or "", renderer.digest, job.spec, folder)
+        place = key(source.sha256 or "", renderer.digest, spec, folder)
         verdict = _kept(hub, place) or check_tokens(
-            looked_at(job.spec, index),
+            looked_at(spec, index),
             renderer,
-            max_length(job.spec, folder),
-            job.spec.overlong,
-            _train_on(job.spec),
+            max_length(spec, folder),
+            spec.overlong,
+            _train_on(spec),
         )
         body = verdict.model_dump(mode="json")
         hub.store.write(partial(catalog.keep_verdict, key=place, verdict=body)).result()
         found.append(verdict)
     return found
+
+
+def trainings(spec: TrainSpec) -> list[TrainSpec]:
+    """What rows are looked at for: the job itself, and a reward model that it trains first."""
+    first = reward_training(spec)
+    return [spec] if first is None else [spec, first]
 
 
 def _shared(hub: "Hub", job: Job) -> Twins:

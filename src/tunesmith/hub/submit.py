@@ -138,6 +138,9 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
         for one, part in zip(asking, parts, strict=False)
         if model.is_here
     ]
+    first = reward_training(spec)
+    if first is not None and model.is_here:
+        verdicts += [look.verdict(first, model, part, tokenizer) for part in parts]
     for verdict in verdicts:
         if verdict is not None and verdict.failure:
             raise ValidationError(verdict.failure, param=asked.name("dataset"))

@@ -13,6 +13,7 @@ REWARD_MODEL = "reward_model"
 
 
 MAX_SCHEMA_CHARS = 65_536
+_NO_ADDRESS = frozenset(' \\^`{|}<>"')
 
 
 class Weighed(Strict):
@@ -89,9 +90,13 @@ class RewardService(Weighed):
     @field_validator("url")
     @classmethod
     def _check_url(cls, url: str) -> str:
-        parts = urlsplit(url)
-        is_plain = parts.username is None and parts.password is None and not parts.fragment
-        if parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
+        try:
+            parts = urlsplit(url)
+            is_plain = not (parts.username or parts.password or parts.fragment or parts.port == 0)
+        except ValueError:
+            is_plain = False
+        is_plain = is_plain and url.isprintable() and not set(url) & _NO_ADDRESS
+        if not is_plain or parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(
                 "has to be a plain address such as https://example.com/score, without name, "
                 "password or #fragment"

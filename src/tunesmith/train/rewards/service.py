@@ -53,7 +53,10 @@ class Service:
         """`should_stop` is looked at while the service is waited for."""
         self._source, self._should_stop, self._sleep = source, should_stop, sleep
         self._networks: list[Network] = [ip_network(one) for one in networks]
-        self._url = httpx2.URL(source.url)
+        try:
+            self._url = httpx2.URL(source.url)
+        except (httpx2.InvalidURL, UnicodeError) as error:
+            raise _failure(f"the reward service's address cannot be read: {error}") from error
         self._trust = ssl.create_default_context()
 
     def score(self, judged: Sequence[Judged]) -> list[float]:
