@@ -82,12 +82,18 @@ def test_a_trainer_that_the_kernel_killed_for_memory_fails_so(
     proc, groups, counter = a_kernel(bench.folder, "version 2")
     monkeypatch.setattr(memory.Watch, "__init__", _watch_in(proc, groups))
     script = f"""
+say(type="started", pid=1, plan={{"threads": 1}}, total_steps=9, parameters=1,
+    trainable_parameters=1)
+step(1, tokens=10)
 open({str(counter)!r}, "w").write("oom_kill 4\\n")
 os.kill(os.getpid(), 9)
 """
     outcome = bench.run(script)
     assert outcome["failure_class"] == "oom_host"
     assert "of 2.00 GB in all" in outcome["message"]
+    *_, replanned, notice = [event for _, event in bench.api.events]
+    assert replanned["plan"]["micro_batch_tokens"] == 5
+    assert "passes of the next attempt have up to 5 tokens" in notice["message"]
     assert bench.run("os.kill(os.getpid(), 9)")["failure_class"] == "signal"
 
 

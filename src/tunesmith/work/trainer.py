@@ -14,6 +14,7 @@ from tunesmith.spec.pipe import Failed, Finished, Notice, Stopped, TrainerEvent
 from tunesmith.spec.records import Outcome
 from tunesmith.work import memory
 from tunesmith.work.fork import Child, Forker
+from tunesmith.work.lighter import Lighter
 from tunesmith.work.pump import Log, pump
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Trainer:
         """Lines over the limit so far."""
         self._last_word = time.monotonic()
         self._memory = memory.Watch()
+        self._lighter = Lighter()
 
     def stop(self, seconds: float) -> None:
         """Ask for a checkpoint and an end; the session is killed after `seconds`."""
@@ -135,6 +137,7 @@ class Trainer:
         except ValidationError:
             self._complain(f"not an event: {line[:200]!r}")
             return
+        self._lighter.hear(event)
         ending = _ending_of(event)
         if ending is None:
             self._hear_event(event, len(line))
@@ -184,6 +187,8 @@ class Trainer:
             told = f"no word from the trainer for {self._stall_seconds:.0f} s; killed"
             return failure(FailureClass.STALLED, told)
         if status == -signal.SIGKILL and self._memory.has_killed():
+            for word in self._lighter.words():
+                self._hear_event(word, 500)
             return failure(FailureClass.OOM_HOST, self._memory.sentence())
         if status < 0:
             told = f"the trainer was killed by {_signal_name(-status)}"
