@@ -11,10 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError as PydanticError
+from sentencepiece import SentencePieceProcessor
 from starlette.testclient import TestClient
 
 from api_fixtures import make_workspace, open_door
+from task_files import sentencepiece_model
 from train_fixtures import Place, run_here, write_rows
+from tunesmith.cli import main
 from tunesmith.data.measure import measure
 from tunesmith.data.reading import Reading
 from tunesmith.data.render import Renderer
@@ -210,6 +213,32 @@ def test_a_preview_shows_the_blocks_of_what_is_chosen(door: TestClient) -> None:
     assert numbers
     assert {number % 5 for number in numbers} == {1}
     assert door.post("/data/preview", json={**asked, "method": "sft"}).status_code == 400
+
+
+def test_a_preview_with_another_tokenizer_has_its_ids(
+    door: TestClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Path(door.app.state.hub.workspace)  # type: ignore[attr-defined]
+    (place / "t.model").write_bytes(sentencepiece_model())
+    write_rows(
+        place / "data" / "one.jsonl", [{"text": "강물 river", "metadata": {"n": 1}}, ROWS[0]]
+    )
+    theirs = SentencePieceProcessor(model_file=str(place / "t.model"))
+    asked = {
+        "dataset_path": "data/one.jsonl",
+        "model_name": "models/tiny",
+        "method": "pretrain",
+        "tokenizer": "t.model",
+        "sampling": {"where": {"n": 1}},
+    }
+    answer = door.post("/data/preview", json=asked)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["ids"] == [*theirs.encode("강물 river"), theirs.eos_id()]
+    assert door.post("/data/preview", json=asked | {"tokenizer": "../x"}).status_code == 400
+    line = f"data preview {place}/data/one.jsonl -m {place}/models/tiny --pretrain --json"
+    more = f"--tokenizer {place}/t.model --where n=1,2 --workspace {tmp_path}"
+    assert main([*line.split(), *more.split()]) == 0
+    assert json.loads(capsys.readouterr().out)["ids"] == answer.json()["ids"]
 
 
 def test_without_sampling_rows_are_read_as_they_are(corpus: Path) -> None:

@@ -72,6 +72,13 @@ def preview(
     columns: ColumnsOption = None,
     pretrain: PretrainOption = False,
     clean: CleanOption = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="For pretraining: in place of the model's own.")
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=VALUE,…", help="For pretraining: by a row's metadata."),
+    ] = None,
     server: ServerOption = None,
     api_key: KeyOption = None,
     workspace: WorkspaceOption = None,
@@ -88,6 +95,8 @@ def preview(
         "columns": columns_of(columns) or {},
         "method": "pretrain" if pretrain else "sft",
         "clean": clean,
+        **({"tokenizer": tokenizer} if tokenizer else {}),
+        **({"sampling": {"where": _where(where)}} if where else {}),
     }
     found = _asked(dataset, model, fields, server, api_key, workspace)
     if as_json:
@@ -96,6 +105,14 @@ def preview(
     from tunesmith.cli import painted
 
     painted.show_preview(found)
+
+
+def _where(told: list[str]) -> dict[str, list[str]]:
+    """Raises CommandError."""
+    parted = [one.partition("=") for one in told]
+    if not all(name and values for name, _, values in parted):
+        raise CommandError("--where: write FIELD=VALUE, or FIELD=VALUE,VALUE", code=2)
+    return {name: values.split(",") for name, _, values in parted}
 
 
 def _asked(
@@ -118,6 +135,7 @@ def _asked(
 def _here(dataset: str, model: str, fields: Mapping[str, Any]) -> "Preview":
     """Without a server, over files."""
     try:
+        from tunesmith.data import brought
         from tunesmith.data.render import Renderer
         from tunesmith.data.scan import open_regular
         from tunesmith.hub.folder import ModelFolder, read
@@ -130,6 +148,8 @@ def _here(dataset: str, model: str, fields: Mapping[str, Any]) -> "Preview":
     from tuning_sdk import Preview
 
     def renderer_of(folder: ModelFolder, format: str) -> Renderer:
+        if own := fields.get("tokenizer"):
+            return brought.load(Path(own), own, follows_links=True)
         return Renderer.load(folder.tokenizer_place).with_fallback(format)
 
     path, place = Path(dataset), Path(model)

@@ -85,7 +85,7 @@ def _renderer(training: "Foreground", folder: "ModelFolder", format: str) -> "Re
 
     own = training.inputs.tokenizer
     if own is not None:
-        return brought.load(Path(own), own)
+        return brought.load(Path(own), own, follows_links=True)
     return Renderer.load(folder.tokenizer_place).with_fallback(format)
 
 

@@ -74,11 +74,11 @@ def renderer(packed: Path) -> Renderer:
         return Renderer.load(unpack(packed, Path(folder)))
 
 
-def load(path: Path, name: str) -> Renderer:
+def load(path: Path, name: str, *, follows_links: bool = False) -> Renderer:
     """Of one that is not packed yet. Raises ValidationError."""
     with TemporaryDirectory() as folder:
         packed = Path(folder) / f"one{SUFFIX}"
-        packed.write_bytes(pack(path, name, follows_links=True))
+        packed.write_bytes(pack(path, name, follows_links=follows_links))
         return renderer(packed)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
+from tunesmith.data import brought
 from tunesmith.data.fit import Cut
 from tunesmith.data.preview import MAX_SHOWN, Preview, preview_block, preview_row
 from tunesmith.data.reader import find_row
@@ -15,6 +16,7 @@ from tunesmith.data.rows import RowIndex
 from tunesmith.data.sampling import choose
 from tunesmith.data.scan import open_regular
 from tunesmith.errors import BadRequestError, JobFailure, ValidationError
+from tunesmith.hub import tokenizers
 from tunesmith.hub.data import refuse_elsewhere, usual_suffix
 from tunesmith.hub.folder import ModelFolder
 from tunesmith.hub.principal import Principal
@@ -47,6 +49,8 @@ class Wanted:
     """Of that order."""
     sampling: Sampling | None = None
     """For pretraining: which documents, and how often."""
+    tokenizer: str | None = None
+    """For pretraining: in place of the model's own."""
     limit: int = 4096
     """Tokens that are shown one by one."""
 
@@ -80,7 +84,14 @@ class Previews:
         suffix = usual_suffix(found.suffix, found.name, "dataset_path")
         with open_regular(found.path) as file:
             refuse_elsewhere(found.path, file)
-            return look(File(file, found.path, suffix), folder, wanted, hub.renderer)
+            return look(File(file, found.path, suffix), folder, wanted, self._renderer(wanted))
+
+    def _renderer(self, wanted: Wanted) -> "RendererOf":
+        if wanted.tokenizer is None:
+            return self._hub.renderer
+        place = tokenizers.find(self._hub, wanted.tokenizer, "tokenizer")
+        own = brought.load(place, wanted.tokenizer)
+        return lambda folder, format: own
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,7 @@ RendererOf = Callable[[ModelFolder, str], Renderer]
 
 def look(at: File, folder: ModelFolder, wanted: Wanted, renderer_of: RendererOf) -> Shown:
     """Raises ValidationError."""
-    if not folder.has_tokenizer:
+    if not folder.has_tokenizer and wanted.tokenizer is None:
         raise BadRequestError(f"{folder.path.name} has no tokenizer.json", param="model_name")
     length = min(wanted.cut.max_length, folder.context_length or wanted.cut.max_length)
     if wanted.method == "pretrain":

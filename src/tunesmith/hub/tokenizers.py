@@ -24,13 +24,18 @@ def of(spec: TrainSpec) -> str | None:
     return spec.tokenizer if isinstance(spec, Pretrain) else None
 
 
-def pin(hub: "Hub", name: str, field: str) -> Source:
-    """Raises NotFoundError, BadRequestError (it leaves the workspace), ValidationError."""
+def find(hub: "Hub", name: str, field: str) -> Path:
+    """Raises NotFoundError, BadRequestError where it leaves the workspace."""
     path = confine(name, hub.workspace, hub.settings.allowed_roots, field)
     if not path.exists():
         raise NotFoundError(f"{field}: nothing lies at {name!r} in the workspace", param=field)
+    return path
+
+
+def pin(hub: "Hub", name: str, field: str) -> Source:
+    """Raises NotFoundError, BadRequestError (it leaves the workspace), ValidationError."""
     try:
-        packed = brought.pack(path, name)
+        packed = brought.pack(find(hub, name, field), name)
     except TokenizerFault as fault:
         raise ValidationError(f"{field}: {fault.message}", param=field) from None
     with hub.blobs.receive(brought.MAX_BYTES) as incoming:

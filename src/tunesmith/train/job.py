@@ -514,8 +514,11 @@ class Job:
             stages.place(folder)
 
     def _stages(self) -> Stages | None:
+        """Of the process that writes."""
         spec, every = self._spec, self._spec.run.save_steps
         if not isinstance(spec, Pretrain) or not spec.keep_stages or every is None:
+            return None
+        if not self._group.is_first:
             return None
         record = {
             "job_id": self._task.job_id,
@@ -526,7 +529,7 @@ class Job:
 
     def _adopt_stages(self, saved: Saved) -> None:
         stages = self._stages()
-        if stages is not None and self._group.is_first:
+        if stages is not None:
             stages.adopt(saved.folder, saved.state["counts"]["step"])
 
     def _record(self, opened: Opened, loop: Loop, method: Method) -> dict[str, Any]:

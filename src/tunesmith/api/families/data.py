@@ -53,6 +53,9 @@ class PreviewRequest(BaseModel):
     sampling: Sampling | None = Field(
         None, description="pretrain: which documents, and how often, by their metadata"
     )
+    tokenizer: Name | None = Field(
+        None, description="pretrain: in place of the model's own, as in a configuration"
+    )
     limit: int = Field(4096, ge=0, le=MAX_SHOWN, description="how many tokens are shown one by one")
 
     def to_wanted(self) -> Wanted:
@@ -61,8 +64,9 @@ class PreviewRequest(BaseModel):
         is_pretrain = self.method == "pretrain"
         if is_pretrain and self.line is not None:
             raise BadRequestError("line: a packed block stands in no line; give row", param="line")
-        if self.sampling is not None and not is_pretrain:
-            raise BadRequestError("sampling: it is for pretrain", param="sampling")
+        for name in ("sampling", "tokenizer"):
+            if getattr(self, name) is not None and not is_pretrain:
+                raise BadRequestError(f"{name}: it is for pretrain", param=name)
         controls: Literal["removed", "refused"] = "removed" if self.clean else "refused"
         return Wanted(
             cut=Cut(self.max_length, self.overlong, self.train_on),
@@ -76,6 +80,7 @@ class PreviewRequest(BaseModel):
             answer=self.answer,
             seed=self.seed,
             sampling=self.sampling,
+            tokenizer=self.tokenizer,
             limit=self.limit,
         )
 
