@@ -12,8 +12,9 @@ from tunesmith.data import verify
 from tunesmith.data.formats import Row
 from tunesmith.data.render import Renderer
 from tunesmith.errors import FailureClass, JobFailure
+from tunesmith.nn.batch import flatten
 from tunesmith.nn.forks import Fork, flatten_ends
-from tunesmith.nn.language import open_scorer
+from tunesmith.nn.language import open_model, open_scorer
 from tunesmith.nn.opening import Opening
 from tunesmith.spec.chat import Message
 from tunesmith.spec.pipe import Inputs, Plan
@@ -21,6 +22,7 @@ from tunesmith.spec.rewards import RewardModel
 from tunesmith.spec.train import Grpo, Lora, Reward, Rloo, Run
 from tunesmith.train.rewarding import Judged
 from tunesmith.train.rewards import Bench, open_rewarders
+from tunesmith.train.rewards.scoring import ModelScoring
 
 EACH_STEP = Run(save_steps=1, keep_checkpoints=100, save_seconds=3600)
 SHORT = {"max_completion_length": 6, "max_length": 32, "rollout_batch_size": 4, "batch_size": 16}
@@ -68,6 +70,22 @@ def test_a_reward_model_scores_what_it_was_trained_to_read(place, reward_model, 
         with torch.no_grad():
             [expected] = model.scores(flatten_ends([Fork((), ((ids, [True] * len(ids)),))]))
         assert score == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_an_adapter_over_the_policys_weights_shares_them_and_scores_the_same(place, reward_model):
+    policy = open_model(str(place.model), lora=Lora(rank=2), has_dropout=False)
+    batch = flatten([(ids := list(range(5, 25)), [True] * len(ids))])
+    before = policy.log_probs(batch)
+    plan = Plan(threads=1)
+    shared, alone = (
+        ModelScoring(reward_model, plan, "prompts", print, one) for one in (policy, None)
+    )
+    given = completed("river", "stone", "night 빛 stone")
+    assert shared.score(given) == pytest.approx(alone.score(given), abs=1e-5)
+    assert torch.equal(policy.log_probs(batch), before)
+    is_adapter = (Path(reward_model) / "adapter_config.json").exists()
+    held = [one._model._stack is policy._stack for one in (shared, alone)]
+    assert held == [is_adapter, False]
 
 
 def test_a_reward_model_reads_the_end_of_what_its_context_does_not_hold(place, reward_model):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tunesmith.nn.attention import Looking
 from tunesmith.nn.batch import FlatBatch
 from tunesmith.nn.folder import open_folder
-from tunesmith.nn.lean import open_lean, open_lean_beside, open_lean_scorer
+from tunesmith.nn.lean import open_lean, open_lean_beside, open_lean_scorer, open_lean_scorer_over
 from tunesmith.nn.memory import keep_freed_memory
 from tunesmith.nn.opening import (
     Opening,
@@ -181,3 +181,11 @@ def open_scorer(folder: str, opening: Opening) -> ScoringModel:
     if opening.device == "cpu":
         keep_freed_memory()
     return open_lean_scorer(found, opening) or open_hosted_scorer(found, opening)
+
+
+def open_scorer_over(model: LanguageModel, folder: str) -> ScoringModel | None:
+    """A reward model's adapter and head over the frozen weights of a model that trains adapters.
+
+    None where that cannot be: it is then opened by itself. Raises JobFailure(USER_ERROR).
+    """
+    return open_lean_scorer_over(model, open_folder(folder))

@@ -37,6 +37,7 @@ from tunesmith.nn.matmul import SHAPE_STEP, is_onednn, product
 from tunesmith.nn.opening import Opening, load_config, new_model, pad_of
 from tunesmith.nn.projection import Projection
 from tunesmith.nn.weights import read_file, read_tensors, write_tensors
+from tunesmith.spec.train import Lora
 
 HEAD, SCORE = "lm_head.weight", "score.weight"
 
@@ -251,6 +252,36 @@ def open_lean_scorer(folder: ModelFolder, opening: Opening) -> LeanScorer | None
 
     found = _open(folder, [opening], LeanScorer, head)
     return None if found is None else found[0]
+
+
+def open_lean_scorer_over(model: object, folder: ModelFolder) -> LeanScorer | None:
+    """A reward model's adapter and head over the frozen weights of a model that trains adapters.
+
+    None where it is no adapter, or one on other weights. Its scores are those it has by itself.
+    """
+    if not isinstance(model, LeanModel) or model._plan is None or folder.adapter is None:
+        return None
+    config, stack = model._config, model._stack
+    if not _are_same_weights(Path(str(config.name_or_path)), folder.base):
+        return None
+    family = next(one for one in (llama, gpt2) if one.is_served(config))
+    plan = plan_known(folder, family.module_names(config), is_scoring=True)
+    if plan is None:
+        return None
+    head = {SCORE: nn.Parameter(new_score(config, 0))}
+
+    def make(plan: AdapterPlan | None) -> LeanScorer:
+        return LeanScorer(config, stack, head, plan)
+
+    opening = Opening(lora=Lora(), has_dropout=False)
+    return _with_adapters(make, stack, plan, folder, opening)
+
+
+def _are_same_weights(one: Path, other: Path) -> bool:
+    """Whether two folders hold the very same files."""
+    found = [{path.name: path for path in place.glob("*.safetensors")} for place in (one, other)]
+    is_alike = found[0].keys() == found[1].keys() and bool(found[0])
+    return is_alike and all(found[0][name].samefile(found[1][name]) for name in found[0])
 
 
 Decoder = TypeVar("Decoder", bound=LeanDecoder)

@@ -297,6 +297,7 @@ class Job:
             opened.rows.format,
             self._notice,
             self._task.inputs.networks,
+            cast(LanguageModel, opened.model),
             self._is_stopped_while_waiting,
         )
         return open_rewarders([one for one in self._spec.rewards if self._is_there(one)], bench)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tunesmith.data.verify import check_rules
 from tunesmith.errors import FailureClass, JobFailure, ValidationError
+from tunesmith.nn.language import LanguageModel
 from tunesmith.spec.pipe import Plan
 from tunesmith.spec.rewards import (
     ExactMatch,
@@ -47,6 +48,7 @@ class Bench:
     warn: Callable[[str, str], None]
     networks: Sequence[str] = ()
     """See `Inputs`."""
+    policy: LanguageModel | None = None
     should_stop: Callable[[], bool] = lambda: False
     """Called often while something is waited for."""
 
@@ -100,7 +102,8 @@ def _open(source: RewardSource, bench: Bench) -> Scorer:
 
 
 def _scoring(name: str, bench: Bench) -> ModelScoring:
-    return ModelScoring(bench.folders[name], bench.plan, bench.format, bench.warn)
+    folder = bench.folders[name]
+    return ModelScoring(folder, bench.plan, bench.format, bench.warn, bench.policy)
 
 
 def _names(kinds: Sequence[str]) -> tuple[str, ...]:

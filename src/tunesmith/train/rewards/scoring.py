@@ -15,7 +15,7 @@ from tunesmith.data.render import Encoded, Renderer
 from tunesmith.errors import FailureClass, JobFailure, ValidationError
 from tunesmith.nn.folder import open_folder
 from tunesmith.nn.forks import Fork, flatten_ends
-from tunesmith.nn.language import ScoringModel, open_scorer
+from tunesmith.nn.language import LanguageModel, ScoringModel, open_scorer, open_scorer_over
 from tunesmith.nn.opening import Opening, is_reward_model
 from tunesmith.spec.chat import Message
 from tunesmith.spec.pipe import Plan
@@ -27,13 +27,19 @@ class ModelScoring:
     """See `Scorer`."""
 
     def __init__(
-        self, folder: str, plan: Plan, format: str, warn: Callable[[str, str], None]
+        self,
+        folder: str,
+        plan: Plan,
+        format: str,
+        warn: Callable[[str, str], None],
+        policy: LanguageModel | None = None,
     ) -> None:
-        """`format` is that of the rows, for a model without a template.
+        """`format` is that of the rows, for a model without a template. An adapter over the weights
+        that the policy's adapter stands on shares them.
 
         Raises JobFailure(user_error).
         """
-        self._model = open_reward_model(folder, plan)
+        self._model = open_reward_model(folder, plan, policy)
         self._renderer = Renderer.load(folder).with_fallback(format)
         self._plan, self._warn, self._has_cut = plan, warn, False
 
@@ -87,8 +93,11 @@ def answered(judged: Judged) -> Row:
     return Row(line, messages=(*found.messages, answer), tools=found.tools)
 
 
-def open_reward_model(folder: str, plan: Plan) -> ScoringModel:
-    """Frozen; an adapter is merged into its base. Raises JobFailure(user_error)."""
+def open_reward_model(folder: str, plan: Plan, policy: LanguageModel | None = None) -> ScoringModel:
+    """Frozen; an adapter is merged into its base, unless that is the policy's, too.
+
+    Raises JobFailure(user_error).
+    """
     if not is_reward_model(open_folder(folder)):
         raise JobFailure(
             FailureClass.USER_ERROR,
@@ -96,7 +105,8 @@ def open_reward_model(folder: str, plan: Plan) -> ScoringModel:
             "train one with method: reward",
         )
     opening = Opening(lora=None, precision=plan.precision, device=plan.device, has_dropout=False)
-    model = open_scorer(folder, opening)
+    shared = None if policy is None else open_scorer_over(policy, folder)
+    model = open_scorer(folder, opening) if shared is None else shared
     for one in model.trainable().values():
         one.requires_grad_(False)
     model.eval()
