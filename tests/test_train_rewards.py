@@ -88,6 +88,27 @@ def test_an_adapter_over_the_policys_weights_shares_them_and_scores_the_same(pla
     assert held == [is_adapter, False]
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda:0",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_a_reward_model_in_half_precision_scores_nearly_the_same(place, reward_model, device):
+    given = completed("river", "stone", "night 빛 stone")
+    exact = ModelScoring(reward_model, Plan(threads=1), "prompts", print).score(given)
+    halved = Plan(threads=1, precision="bf16", device=device)
+    found = ModelScoring(reward_model, halved, "prompts", print).score(given)
+    assert found == pytest.approx(exact, abs=0.05)
+
+
 def test_a_reward_model_reads_the_end_of_what_its_context_does_not_hold(place, reward_model):
     said: list[str] = []
     rewarder = opened(rewarded(place, reward_model), said=said)
