@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tunesmith.cli.curve import curve, shrink, spark
-from tunesmith.cli.progress import Course, Progress, bar, headline
+from tunesmith.cli.progress import Course, Progress, bar, headline, plain_line
 from tunesmith.cli.text import bytes_text, clean, columns, duration_text
 
 
@@ -82,6 +82,26 @@ def test_the_curve_is_the_policys_and_not_its_reward_models() -> None:
     for step, trial in enumerate(("reward_model", "reward_model", None, None), 1):
         course.take({"type": "step", "step": step, "loss": step / 2, "trial": trial})
     assert course.losses == [1.5, 2.0]
+
+
+def test_reinforcement_shows_its_reward_and_divergence() -> None:
+    course = Course()
+    for number, reward in enumerate((0.25, 0.75), 1):
+        metrics = {"reward/mean": reward, "kl_divergence": 0.01}
+        course.take({"type": "step", "step": number, "loss": -0.1, "metrics": metrics})
+    course.take({"type": "evaluated", "step": 2, "metrics": {"eval_reward/mean": 0.5}})
+    assert course.curve == ("reward", [0.25, 0.75])
+    line = plain_line(course)
+    assert "reward 0.7500  eval reward 0.500  KL 0.0100" in line
+    assert "loss" not in line
+
+
+def test_what_the_model_answered_is_shown_beside_its_loss() -> None:
+    course = Course()
+    course.take(step(3))
+    metrics = {"eval_loss": 0.5, "eval_rougeL": 0.875, "eval_exact_match": 0.25}
+    course.take({"type": "evaluated", "step": 3, "metrics": metrics})
+    assert "eval 0.5000  rougeL 0.875  exact 0.250" in plain_line(course)
 
 
 def test_a_terminal_gets_a_bar_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,13 @@ MAX_LOSSES = 20_000
 """Kept for the curve; beyond it every second one is dropped."""
 STEPS_BEFORE_ETA = 5
 _EVAL_LOSS = ("eval_loss", "loss")
+_REWARD, _DIVERGENCE = "reward/mean", "kl_divergence"
+_ANSWERED = {
+    "eval_rougeL": "rougeL",
+    "eval_exact_match": "exact",
+    "eval_reward/mean": "eval reward",
+}
+"""Of an evaluation, what is shown beside its loss, or in its place."""
 _PHASES = {
     "queued": "queued",
     "validated": "queued",
@@ -44,6 +51,11 @@ class Course:
     peak_memory_bytes: int | None = None
     eta_seconds: float | None = None
     losses: list[float] = field(default_factory=list)
+    reward: float | None = None
+    divergence: float | None = None
+    """In nats a token, of reinforcement."""
+    rewards: list[float] = field(default_factory=list)
+    answered: dict[str, float] = field(default_factory=dict)
     trial: str | None = None
     """Whose step the last one was."""
     is_over: bool = False
@@ -62,15 +74,18 @@ class Course:
             case "step":
                 self._advance(fields)
             case "evaluated":
-                metrics = fields.get("metrics")
-                if isinstance(metrics, Mapping) and not metrics.keys().isdisjoint(_EVAL_LOSS):
-                    self.eval_loss = _number(metrics.get("eval_loss", metrics.get("loss")))
+                self._judge(fields.get("metrics"))
             case "failed":
                 self.error = _text(fields.get("message", fields.get("error")))
                 self.hint = _text(fields.get("hint"))
             case "finished" | "succeeded":
                 self.artifact = _text(fields.get("artifact")) or self.artifact
                 self.eta_seconds = 0.0
+
+    @property
+    def curve(self) -> tuple[str, list[float]]:
+        """What is to grow or to fall, by name: the loss of reinforcement says nothing."""
+        return ("reward", self.rewards) if self.rewards else ("loss", self.losses)
 
     @property
     def share(self) -> float:
@@ -95,10 +110,19 @@ class Course:
         self.peak_memory_bytes = _whole(fields.get("peak_memory_bytes"))
         is_known = self.step - self.start_step >= STEPS_BEFORE_ETA
         self.eta_seconds = _number(fields.get("eta_seconds")) if is_known else None
-        if self.loss is not None:
-            self.losses.append(self.loss)
-            if len(self.losses) > MAX_LOSSES:
-                del self.losses[::2]
+        _add(self.losses, self.loss)
+        metrics = fields.get("metrics")
+        told = metrics if isinstance(metrics, Mapping) else {}
+        self.reward, self.divergence = _number(told.get(_REWARD)), _number(told.get(_DIVERGENCE))
+        _add(self.rewards, self.reward)
+
+    def _judge(self, metrics: Any) -> None:
+        if not isinstance(metrics, Mapping):
+            return
+        if not metrics.keys().isdisjoint(_EVAL_LOSS):
+            self.eval_loss = _number(metrics.get("eval_loss", metrics.get("loss")))
+        found = {word: _number(metrics.get(name)) for name, word in _ANSWERED.items()}
+        self.answered |= {word: value for word, value in found.items() if value is not None}
 
     def _follow(self, trial: str | None) -> None:
         """The losses of a reward model that was trained first are no beginning of the policy's."""
@@ -112,6 +136,13 @@ def words_of(event: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """The type and the fields of either kind of event."""
     data = event.get("data")
     return str(event.get("type", "")), data if isinstance(data, Mapping) else event
+
+
+def _add(values: list[float], value: float | None) -> None:
+    if value is not None:
+        values.append(value)
+        if len(values) > MAX_LOSSES:
+            del values[::2]
 
 
 def _number(value: Any) -> float | None:

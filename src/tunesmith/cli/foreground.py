@@ -139,7 +139,8 @@ class Foreground:
                         progress.take(event.model_dump())
             code = trainer.wait()
         if len(progress.course.losses) > 1:
-            tell("loss\n" + curve(progress.course.losses))
+            name, values = progress.course.curve
+            tell(f"{name}\n" + curve(values))
         return self._conclude(trainer, code)
 
     def _conclude(self, trainer: "Trainer", code: int) -> int:

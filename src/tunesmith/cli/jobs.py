@@ -23,6 +23,7 @@ from tunesmith.cli.terminal import (
 from tunesmith.cli.text import duration_text
 
 if TYPE_CHECKING:
+    from tunesmith.cli.course import Course
     from tuning_sdk import CreatedJob, Job, TuningClient
 
 jobs = typer.Typer(no_args_is_help=True, help="Training jobs of the server.")
@@ -188,7 +189,7 @@ def watch(client: "TuningClient", job_id: str, as_json: bool = False) -> int:
                 progress.take(event.model_dump())
     job = client.jobs.get(job_id)
     if not as_json:
-        _conclude(job, progress.course.losses, progress.course.hint)
+        _conclude(job, progress.course)
     return OK if job.is_successful else JOB_FAILED
 
 
@@ -209,18 +210,19 @@ def near_ids(client: "TuningClient", job_id: str) -> Iterator[None]:
         raise CommandError(told, "`tunesmith jobs ls` lists them", NOT_FOUND) from None
 
 
-def _conclude(job: "Job", losses: list[float], hint: str | None) -> None:
+def _conclude(job: "Job", course: "Course") -> None:
     from tunesmith.cli.curve import curve
 
-    if len(losses) > 1:
-        tell("loss\n" + curve(losses))
+    name, values = course.curve
+    if len(values) > 1:
+        tell(f"{name}\n" + curve(values))
     if job.is_successful:
         tell(f"{job.job_id} completed: {job.output_dir or ''}")
         suggest(f"tunesmith chat {job.fine_tuned_model or job.output_dir}")
         return
     tell(f"{job.job_id} {job.status}" + (f": {job.error}" if job.error else ""))
-    if hint:
-        tell(f"hint: {hint}")
+    if course.hint:
+        tell(f"hint: {course.hint}")
     suggest(f"tunesmith logs {job.job_id}")
 
 

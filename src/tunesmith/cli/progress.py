@@ -1,7 +1,7 @@
 """A job's progress as a reader sees it: a bar that moves on a terminal, plain lines elsewhere.
 
 Used by `train`, `jobs watch` and the demo: `with Progress("title") as progress:
-progress.take(event)` for each event, then `curve(progress.course.losses)`.
+progress.take(event)` for each event, then `curve(values)` of `progress.course.curve`.
 """
 
 import sys
@@ -128,7 +128,7 @@ def details(course: Course, width: int = 80) -> str:
         return ""
     line = "  ".join(parts)
     room = width - len(line) - 2
-    return f"{line}  {spark(course.losses, min(32, room))}" if room >= 8 else line
+    return f"{line}  {spark(course.curve[1], min(32, room))}" if room >= 8 else line
 
 
 def plain_line(course: Course, title: str = "") -> str:
@@ -143,11 +143,14 @@ def plain_line(course: Course, title: str = "") -> str:
 
 
 def _numbers(course: Course) -> list[str]:
-    found: list[tuple[str, float | None, str]] = [
-        ("loss", course.loss, ".4f"),
-        ("eval", course.eval_loss, ".4f"),
-        ("lr", course.learning_rate, ".2e"),
-    ]
+    found: list[tuple[str, float | None, str]] = [("lr", course.learning_rate, ".2e")]
+    answered = [(word, value, ".3f") for word, value in course.answered.items()]
+    if course.reward is not None:
+        held = ("KL", course.divergence, ".4f")
+        found = [("reward", course.reward, ".4f"), *answered, held, *found]
+    else:
+        losses = (("loss", course.loss, ".4f"), ("eval", course.eval_loss, ".4f"))
+        found = [*losses, *answered, *found]
     parts = [f"{name} {value:{form}}" for name, value, form in found if value is not None]
     if course.tokens_per_second is not None:
         parts.append(f"{course.tokens_per_second:,.0f} tok/s")
