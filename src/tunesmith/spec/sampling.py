@@ -17,24 +17,26 @@ more; 0 leaves it out."""
 
 
 class Weights(Strict):
-    field: MetaField
+    field: MetaField = Field(description="of a row's metadata")
     values: Annotated[
         dict[Annotated[str, StringConstraints(max_length=1000)], Weight],
         Field(min_length=1, max_length=1000),
-    ]
-    """Of a list of values the heaviest counts."""
-    default: Weight = 1.0
-    """Of documents with another value, or with none."""
+    ] = Field(description="value → weight; of a list of values the heaviest counts")
+    default: Weight = Field(1.0, description="of documents with another value, or with none")
 
 
 class Sampling(Strict):
     where: Annotated[
         dict[MetaField, Annotated[tuple[Value, ...], Field(min_length=1, max_length=1000)]],
         Field(max_length=16),
-    ] = {}
-    """Only documents whose metadata have one of these values, in each of these fields; of a list of
-    values one is enough."""
-    weights: Weights | None = None
+    ] = Field(
+        {},
+        description="only documents whose metadata have one of these values, in each of these "
+        "fields; of a list of values one is enough",
+    )
+    weights: Weights | None = Field(
+        None, description="how often a document is read in an epoch, on average"
+    )
 
     @field_validator("where", mode="before")
     @classmethod
