@@ -295,11 +295,10 @@ def test_the_contracts_rl_file_runs_as_it_stands(tasked: House, reward_model: An
     AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("rows", ["rl_preference", "rl_scored"])
 def test_without_a_reward_model_one_is_trained_first_and_stays_beside_the_policy(
-    tasked: House, rows: str
+    tasked: House,
 ) -> None:
-    text = RL_DATA.format(rows) + "algorithm: grpo\nmax_new_tokens: 8\nmax_steps: 2\n"
+    text = RL_DATA.format("rl_scored") + "algorithm: grpo\nmax_new_tokens: 8\nmax_steps: 2\n"
     job, folder, _ = configured(tasked, text)
     assert {"reward/mean", "kl_divergence", "episode_length"} <= job["named"]
     AutoModelForCausalLM.from_pretrained(folder)

@@ -77,6 +77,11 @@ class Teaching(Job):
     steps: int | None = None
     """Once it is trained."""
 
+    @property
+    def plan(self) -> Plan:
+        """As it stands, and as a later attempt is told: memory may have fallen short."""
+        return self._plan
+
     def _finish(self, opened: Opened, loop: Loop, method: Method) -> None:
         if not loop.is_total_exact:
             self._tell_omissions(method)
@@ -149,15 +154,16 @@ class TaughtJob(Job):
     def _in_turn(self, task: TrainerTask, saved: Saved | None) -> None:
         steps = self._resumed(saved) if saved is not None else None
         if steps is None:
-            steps = self._teach(task)
-            task = task.model_copy(update={"resume_from": None})
+            teaching = self._teach(task)
+            steps = teaching.steps
+            task = task.model_copy(update={"resume_from": None, "plan": teaching.plan})
         if steps is None:
             return
         gc.collect()  # the first model, before there is a second
         Taught(task, self._report, self._asks, self._group).learn(steps)
 
-    def _teach(self, task: TrainerTask) -> int | None:
-        """None where a stop came. Raises JobFailure(data_error) where rows are no pairs."""
+    def _teach(self, task: TrainerTask) -> Teaching:
+        """Has no steps where a stop came. Raises JobFailure(data_error) where rows are no pairs."""
         first = reward_training(task.spec)
         assert first is not None
         voice = Voice(self._report, 0, self._foretold(task), REWARD_MODEL)
@@ -165,7 +171,7 @@ class TaughtJob(Job):
         teaching = Teaching(own, voice, self._asks, self._group)
         teaching.run()
         self._group.tell(b"it is there")  # all wait for it
-        return teaching.steps
+        return teaching
 
     def _foretold(self, task: TrainerTask) -> int:
         """Steps of the policy, by the number of rows."""
