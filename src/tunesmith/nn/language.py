@@ -10,7 +10,7 @@ from tunesmith.nn.attention import Looking
 from tunesmith.nn.batch import FlatBatch
 from tunesmith.nn.folder import open_folder
 from tunesmith.nn.lean import open_lean, open_lean_beside, open_lean_scorer, open_lean_scorer_over
-from tunesmith.nn.memory import keep_freed_memory
+from tunesmith.nn.memory import give_back_at_once, keep_freed_memory
 from tunesmith.nn.opening import (
     Opening,
     check_opening,
@@ -150,9 +150,17 @@ def open_with(folder: str, opening: Opening) -> LanguageModel:
     """`open_model`, with what it is told as one."""
     found = open_folder(folder, needs_weights=not opening.from_scratch)
     check_opening(found, opening)
-    if opening.device == "cpu":
-        keep_freed_memory()
+    _arrange_memory(opening)
     return open_lean(found, opening) or open_hosted(found, opening)
+
+
+def _arrange_memory(opening: Opening) -> None:
+    if opening.device != "cpu":
+        return
+    if opening.is_sharded:
+        give_back_at_once()
+    else:
+        keep_freed_memory()
 
 
 def open_beside(folder: str, openings: Sequence[Opening]) -> list[LanguageModel]:
@@ -178,8 +186,7 @@ def open_scorer(folder: str, opening: Opening) -> ScoringModel:
     """
     found = open_folder(folder)
     check_opening(found, opening, is_scoring=True)
-    if opening.device == "cpu":
-        keep_freed_memory()
+    _arrange_memory(opening)
     return open_lean_scorer(found, opening) or open_hosted_scorer(found, opening)
 
 
