@@ -71,7 +71,8 @@ class TrainerTask(Strict):
     spec: TrainSpec
     inputs: Inputs
     attempt_dir: str
-    """The only folder it writes to: `checkpoints/step-<n>/` and `artifact/`."""
+    """The only folder it writes to: `checkpoints/step-<n>/` and `artifact/`, and `reward_model/`
+    while one that was trained first is in use."""
     resume_from: str | None = None
     """A verified checkpoint folder, maybe of an earlier attempt."""
     plan: Plan | None = None
