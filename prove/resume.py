@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,6 +30,7 @@ from train_fixtures import (
 )
 from tunesmith.manifest import BrokenManifest, verify
 from tunesmith.spec.pipe import Inputs
+from tunesmith.spec.sampling import Sampling, Weights
 from tunesmith.spec.train import (
     AnySpec,
     Best,
@@ -88,9 +90,15 @@ def _sft(lora: Lora | None = None, **over: Any) -> Make:
     return partial(sft, lora, **{"run": EACH_STEP, "epochs": 2.0, **over})
 
 
-def _pretrain() -> AnySpec:
+def _pretrain(**over: Any) -> AnySpec:
     optim = PretrainOptim(learning_rate=1e-3, epochs=3, batch_size=2)
-    return Pretrain(model="m", dataset="d", sequence_length=32, optim=optim, run=EACH_STEP)
+    plain = Pretrain(model="m", dataset="d", sequence_length=32, optim=optim, run=EACH_STEP)
+    return plain.model_copy(update=over)
+
+
+_DRAWN = Sampling(
+    where={"lang": ("ko", "zh")}, weights=Weights(field="lang", values={"ko": 1.5, "zh": 0.75})
+)
 
 
 _WATCHED = EACH_STEP.model_copy(
@@ -105,6 +113,7 @@ KINDS: Mapping[str, Kind] = {
     "SFT, the best kept": Kind("pairs", _sft(run=_WATCHED, eval_dataset="e"), is_evaluated=True),
     "sweep of 2": Kind("pairs", _sft(Lora(rank=4), sweep=_TRIALS)),
     "pretraining": Kind("text", _pretrain),
+    "pretraining, sampled": Kind("text", partial(_pretrain, sampling=_DRAWN, keep_stages=3)),
     "DPO full": Kind("preferences", _tuned(Preference)),
     "DPO LoRA": Kind("preferences", _tuned(Preference, lora=Lora(rank=4))),
     "KTO": Kind("judged", _tuned(Kto)),
@@ -148,7 +157,10 @@ def _figures(tried: Mapping[str, "Tried"], breaks: int) -> tuple[Figure, ...]:
 
 def _places(folder: Path) -> dict[str, Place]:
     model = make_model(folder / "model")
-    text = [{"text": f"{row['prompt']}{row['completion']}."} for row in pairs(60)]
+    text = [
+        {"text": f"{row['prompt']}{row['completion']}.", "metadata": {"lang": lang}}
+        for row, lang in zip(pairs(60), cycle(("ko", "zh", "en")), strict=False)
+    ]
     rows = {
         "pairs": pairs(40),
         "preferences": preferences(40),

@@ -121,8 +121,10 @@ class Renderer:
         return self._draw(messages, tools, add_generation_prompt).text
 
     def unshown(self, messages: Sequence[Message], tools: Tools = ()) -> list[str]:
-        """Roles of those whose words the template leaves out; none where it refuses them."""
-        marks = {at: f"mark{at}z" for at, said in enumerate(messages) if said.content}
+        """Roles of those whose words the template leaves out; none where it refuses them. Many
+        templates show of a message with calls of tools the calls only: that is no fault."""
+        told = [at for at, said in enumerate(messages) if said.content and not said.tool_calls]
+        marks = {at: f"mark{at}z" for at in told}
         marked = [
             said.model_copy(update={"content": marks[at]}) if at in marks else said
             for at, said in enumerate(messages)
