@@ -1,5 +1,7 @@
 """Answers that hold by a rule, and rules and answers that mean harm."""
 
+import json
+
 import pytest
 
 from tunesmith.data import verify
@@ -61,6 +63,11 @@ def test_json_holds_where_the_schema_allows_it(text, is_right):
         ({"pattern": "("}, "none, at 'pattern'"),
         ({"$ref": "http://127.0.0.1/a"}, "leads elsewhere"),
         ({"anyOf": [{"$ref": "#/$defs/none"}]}, "leads nowhere"),
+        ({"prefixItems": [{}], "$ref": "#/prefixItems/x"}, "leads nowhere"),
+        ({"$ref": "#/a", "a": 5}, "leads nowhere"),
+        ({"$ref": "#/a", "a": {"type": 5}}, "leads nowhere"),
+        ({"$ref": "#/%63onst", "const": {"$ref": "http://127.0.0.1/"}}, "leads nowhere"),
+        ({"items": {"pattern": "((a{1000}){1000}){1000}"}}, "too large"),
         ({"properties": {"a": {"patternProperties": {}}}}, "patternProperties is not looked at"),
     ],
 )
@@ -70,6 +77,7 @@ def test_a_schema_that_cannot_be_bounded_or_leads_away_is_refused(schema, why):
 
 
 def test_a_schema_may_have_a_property_of_any_name():
+    assert Schema({"$defs": {"default": {"const": 1}}, "$ref": "#/$defs/default"}).holds("1")
     assert Schema({"properties": {"$ref": {"enum": ["patternProperties"]}}}).holds("{}")
 
 
@@ -88,3 +96,21 @@ def test_a_match_that_takes_too_long_is_broken_off(monkeypatch):
         Pattern(SLOW).is_in("a" * 60 + "!")
     with pytest.raises(ValidationError, match="cannot be read"):
         Pattern("(")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["((((a{1000}){1000}){1000}){1000})", "(?:(?:ab){999,}){999,}" * 9]
+)
+def test_counts_within_counts_cost_this_process_nothing(pattern):
+    with pytest.raises(ValidationError, match="too large"):
+        Pattern(pattern)
+
+
+@pytest.mark.parametrize(
+    ("items", "is_right"),
+    [("[1, 1.0]", False), ("[true, 1]", True), ('[{"a": 1, "b": 2}, {"b": 2, "a": 1}]', False)],
+)
+def test_items_that_differ_are_told_apart_in_one_walk(items, is_right):
+    assert Schema({"uniqueItems": True}).holds(items) is is_right
+    many = json.dumps([{"a": at} for at in range(20_000)])
+    assert Schema({"uniqueItems": True}).holds(many)

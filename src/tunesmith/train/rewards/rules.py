@@ -43,7 +43,7 @@ class PatternMatching:
     def _is_in(self, text: str) -> bool:
         try:
             return self._pattern.is_in(text)
-        except TimeoutError:
+        except (TimeoutError, MemoryError):
             if not self._has_warned:
                 self._warn(
                     "reward_slow",
