@@ -1,6 +1,8 @@
 """A stranger's function can compute, and nothing else."""
 
 import os
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,32 @@ def test_whatever_else_it_does_fails_with_a_sentence(body: str, why: str) -> Non
         called(body, seconds=seconds)
     assert why in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+def test_a_pipe_that_it_owns_signals_nobody() -> None:
+    """F_SETOWN, F_SETSIG and O_ASYNC have the kernel send any signal to any process of the user."""
+    with subprocess.Popen(["sleep", "60"]) as other:
+        asked = ((8, other.pid), (10, 9), (4, 0x2000))
+        body = f"""import ctypes
+call = ctypes.CDLL(None).fcntl
+return sum(call(place, word, value) == 0 for place in range(3, 64) for word, value in {asked})"""
+        try:
+            assert called(body, times=2) == 0
+            time.sleep(0.05)
+            assert other.poll() is None
+        finally:
+            other.kill()
+
+
+def test_a_number_beyond_all_bounds_is_no_answer() -> None:
+    with pytest.raises(Failed, match="OverflowError"):
+        called("return 10**400")
+    body = """import os
+for place in range(3, 20):
+    try: os.write(place, b'{"value": 1' + b'0' * 400 + b'}' + bytes([10]))
+"""
+    with pytest.raises(Failed, match="no answer"):
+        called(body + "    except OSError: pass\nreturn 1")
 
 
 @pytest.mark.parametrize(

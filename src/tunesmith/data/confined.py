@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -79,8 +80,9 @@ class Confined:
         """What the function returns, maybe not finite. Raises Failed; then it is of no more use."""
         answer = self._exchange(arguments, self._seconds)
         value = answer.get("value")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+        with suppress(OverflowError):
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return float(value)
         raise Failed(_told(answer))
 
     def close(self) -> None:

@@ -36,7 +36,7 @@ _X86_64 = """
 read=0 write=1 close=3 fstat=5 lseek=8 pread64=17 readv=19 writev=20 mmap=9 mprotect=10 munmap=11
 mremap=25 brk=12 madvise=28 rt_sigaction=13 rt_sigprocmask=14 rt_sigreturn=15 sigaltstack=131
 futex=202 restart_syscall=219 openat=257 newfstatat=262 statx=332 getdents64=217 readlinkat=267
-faccessat=269 faccessat2=439 getcwd=79 fcntl=72 getpid=39 gettid=186 getppid=110 getuid=102
+faccessat=269 faccessat2=439 getcwd=79 getpid=39 gettid=186 getppid=110 getuid=102
 geteuid=107 getgid=104 getegid=108 clock_gettime=228 clock_getres=229 clock_nanosleep=230
 nanosleep=35 gettimeofday=96 getrandom=318 getrusage=98 times=100 uname=63 sysinfo=99 sched_yield=24
 sched_getaffinity=204 membarrier=324 poll=7 ppoll=271 select=23 pselect6=270 exit=60 exit_group=231
@@ -46,7 +46,7 @@ _AARCH64 = """
 read=63 write=64 close=57 fstat=80 lseek=62 pread64=67 readv=65 writev=66 mmap=222 mprotect=226
 munmap=215 mremap=216 brk=214 madvise=233 rt_sigaction=134 rt_sigprocmask=135 rt_sigreturn=139
 sigaltstack=132 futex=98 restart_syscall=128 openat=56 newfstatat=79 statx=291 getdents64=61
-readlinkat=78 faccessat=48 faccessat2=439 getcwd=17 fcntl=25 getpid=172 gettid=178 getppid=173
+readlinkat=78 faccessat=48 faccessat2=439 getcwd=17 getpid=172 gettid=178 getppid=173
 getuid=174 geteuid=175 getgid=176 getegid=177 clock_gettime=113 clock_getres=114 clock_nanosleep=115
 nanosleep=101 gettimeofday=169 getrandom=278 getrusage=165 times=153 uname=160 sysinfo=179
 sched_yield=124 sched_getaffinity=123 membarrier=283 ppoll=73 pselect6=72 exit=93 exit_group=94
