@@ -580,10 +580,12 @@ def test_models_on_the_way_stay_and_survive_a_resume(place):
     whole = run_here(first)
     assert len(list(Path(whole.last["artifact"]).glob("step-*"))) == 3
     shutil.rmtree(Path(first.attempt_dir) / STAGES / "step-4")  # killed before it was named
-    fewer = spec.model_copy(update={"keep_stages": 2})
+    (Path(first.attempt_dir) / STAGES / "step-3").mkdir()
+    (Path(first.attempt_dir) / STAGES / "step-3" / "secret").symlink_to("/etc/hostname")
+    fewer = spec.model_copy(update={"keep_stages": 3})
     resume = whole.of("checkpointed")[1]["path"]
     folder = Path(run_here(place.task(fewer, inputs=inputs, resume_from=resume)).last["artifact"])
-    assert sorted(path.name for path in folder.glob("step-*")) == ["step-4", "step-6"]
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-2", "step-4", "step-6"]
     manifest.verify(folder)
     for name in ("step-4", "step-6"):
         AutoModelForCausalLM.from_pretrained(folder / name)

@@ -28,9 +28,10 @@ class Stages:
             shutil.rmtree(left, ignore_errors=True)
 
     def adopt(self, checkpoint: Path, step: int) -> None:
-        """On a resume: those of the attempt that the checkpoint is of, and its own."""
+        """On a resume: those of the attempt that the checkpoint is of, and its own. Who names a
+        checkpoint may have made the folders beside it: what leads elsewhere is left."""
         for number, stage in _found(checkpoint.parents[1] / STAGES):
-            if number <= step:
+            if number <= step and not _has_link(stage):
                 self._add(stage, number)
         self.add(checkpoint, step)
 
@@ -67,6 +68,10 @@ def _found(folder: Path) -> Iterator[tuple[int, Path]]:
     """By step."""
     places = [(path.name.removeprefix("step-"), path) for path in folder.glob("step-*")]
     yield from sorted((int(number), path) for number, path in places if number.isdecimal())
+
+
+def _has_link(folder: Path) -> bool:
+    return any(path.is_symlink() for path in (folder.parent, folder, *folder.rglob("*")))
 
 
 def _link_tree(source: Path, target: Path) -> None:
