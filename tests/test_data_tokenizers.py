@@ -1,5 +1,6 @@
 """Tokenizers that are brought along: SentencePiece's ids are kept, strangers' files are refused."""
 
+import base64
 import json
 import random
 import struct
@@ -150,3 +151,68 @@ def test_a_packed_one_writes_nothing_but_a_tokenizers_files(tmp_path: Path) -> N
     packed.write_text(json.dumps({"../../out.json": "AA=="}))
     with pytest.raises(TokenizerFault, match=r"a file called '\.\./\.\./out\.json'"):
         brought.unpack(packed, tmp_path / "in")
+
+
+def grown(times: int, text: str = "a") -> dict[str, Any]:
+    step = {"type": "Replace", "pattern": {"String": text}, "content": "a" * 10}
+    return {"normalizer": {"type": "Sequence", "normalizers": [step] * times}}
+
+
+def template(mark: str) -> dict[str, Any]:
+    both = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    single = [{"SpecialToken": {"id": mark, "type_id": 0}}, both[0]]
+    kind = "TemplateProcessing"
+    return {"post_processor": {"type": kind, "single": single, "pair": both, "special_tokens": {}}}
+
+
+def charsmap(form: bytes) -> dict[str, Any]:
+    """One that the library takes, with a form that is longer than any of Unicode's."""
+    trie = (8).to_bytes(4, "little") + bytes(8)
+    body = base64.b64encode(trie + form + b"\0").decode()
+    return {"normalizer": {"type": "Precompiled", "precompiled_charsmap": body}}
+
+
+ADDED = {"id": 0, "special": True} | dict.fromkeys(
+    ("single_word", "lstrip", "rstrip", "normalized"), False
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (grown(9), "^m: tokenizer.json makes texts up to 1,000,000,000 times as long"),
+        (grown(2, ""), "times as long"),
+        (charsmap(b"x" * 100_000), "times as long"),
+        ({"decoder": grown(2)["normalizer"]["normalizers"][0] | {"content": "b" * 99}}, "as long"),
+        (template("[NONE]"), "^m: the tokenizer breaks on a text"),
+        (
+            {"model": {"type": "Unigram", "unk_id": None, "vocab": []}},
+            "^m: the tokenizer breaks on a text: .*unk_id",
+        ),
+        (
+            {"added_tokens": [ADDED | {"id": at, "content": f"{at}" * 9000} for at in range(99)]},
+            "over 1,048,576 characters in all",
+        ),
+    ],
+)
+def test_a_tokenizer_that_would_take_the_process_along_is_refused(
+    change: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    model = make_model(tmp_path / "m")
+    body = json.loads((model / "tokenizer.json").read_bytes())
+    (model / "tokenizer.json").write_text(json.dumps(body | change))
+    with pytest.raises(TokenizerFault, match=why):
+        brought.pack(model, "m")
+
+
+def test_half_letters_and_templates_by_a_link_are_refused(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m")
+    (tmp_path / "secrets").mkdir()
+    (model / "additional_chat_templates").symlink_to(tmp_path / "secrets")
+    with pytest.raises(TokenizerFault, match="is a link to elsewhere"):
+        brought.pack(model, "m")
+    (model / "additional_chat_templates").unlink()
+    (model / "special_tokens_map.json").unlink(missing_ok=True)
+    (model / "tokenizer_config.json").write_text('{"eos_token": "\\ud800"}')
+    with pytest.raises(TokenizerFault, match=r"^m: tokenizer_config\.json cannot be read"):
+        brought.pack(model, "m")

@@ -22,10 +22,12 @@ from tunesmith.data import sentencepiece, tokens
 from tunesmith.data.render import Renderer
 from tunesmith.data.sentencepiece import NoModel
 from tunesmith.data.tokens import TokenizerFault
+from tunesmith.data.vocabulary import Vocabulary
 
 SUFFIX = ".tokenizer"
 """Of a packed one."""
-MAX_BYTES = 256 << 20
+MAX_BYTES = 128 << 20
+"""Packed, which is a third more than its files."""
 MAX_TEMPLATES = 32
 _JSON, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 _MODELS = ("tokenizer.model", "spiece.model")
@@ -100,27 +102,31 @@ def _collected(path: Path, follows_links: bool) -> dict[str, bytes]:
         if not is_model and path.suffix != ".json":
             raise TokenizerFault(f"it is no tokenizer; give {_SHAPES}")
         return {_MODELS[0] if is_model else _JSON: _bytes(path, follows_links)}
-    inner = sorted((path / tokens.MORE_TEMPLATES).glob("*.jinja"))[:MAX_TEMPLATES]
+    more = path / tokens.MORE_TEMPLATES
+    if more.is_symlink() and not follows_links:
+        raise TokenizerFault(f"{more.name} is a link to elsewhere; put the folder itself there")
+    inner = sorted(more.glob("*.jinja"))[:MAX_TEMPLATES]
     places = [path / name for name in (*tokens.FILES, tokens.TEMPLATE_FILE)]
-    return {
-        place.relative_to(path).as_posix(): _bytes(place, follows_links)
-        for place in (*places, *inner)
-        if place.exists()
-    }
+    found: dict[str, bytes] = {}
+    room = MAX_BYTES * 3 // 4
+    for place in (one for one in (*places, *inner) if one.exists()):
+        body = found[place.relative_to(path).as_posix()] = _bytes(place, follows_links, room)
+        room -= len(body)
+    return found
 
 
-def _bytes(path: Path, follows_links: bool) -> bytes:
+def _bytes(path: Path, follows_links: bool, room: int = MAX_BYTES * 3 // 4) -> bytes:
     """Of a regular file; opening never hangs on a pipe."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follows_links else os.O_NOFOLLOW)
     try:
         with os.fdopen(os.open(path, flags), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise TokenizerFault(f"{path.name} is not a regular file")
-            body = file.read(MAX_BYTES + 1)
+            body = file.read(room + 1)
     except OSError as error:
         raise TokenizerFault(f"{path.name} cannot be read ({error.strerror})") from None
-    if len(body) > MAX_BYTES:
-        raise TokenizerFault(f"{path.name} is over {MAX_BYTES >> 20} MB")
+    if len(body) > room:
+        raise TokenizerFault(f"its files are over {MAX_BYTES * 3 // 4 >> 20} MB")
     return body
 
 
@@ -146,7 +152,12 @@ def _check(files: dict[str, bytes]) -> None:
         raise TokenizerFault("it wants to run code of its own (auto_map), which is never run")
     with TemporaryDirectory() as folder:
         _lay_out(files, Path(folder))
-        read = tokens.read(Path(folder))
+        try:
+            read = tokens.read(Path(folder))
+            Vocabulary(read)
+        except TokenizerFault as fault:
+            told = fault.message.removeprefix(f"{Path(folder).name}: ")
+            raise TokenizerFault(told) from None
     if "eos_token" not in read.specials:
         end = _end_of(read.tokenizer)
         files[_CONFIG] = _lines(_PLAIN | config | ({"eos_token": end} if end else {}))

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from tunesmith.data.tokens import TokenizerFault, refuse_many
+
 MAX_BYTES = 32 << 20
 MAX_PIECES = 1 << 20
 MAX_PIECE_LENGTH = 512
@@ -94,16 +96,19 @@ def convert(model: SentencePiece) -> Tokenizer:
             split=not any(_SPACE in piece.text[1:] for piece in model.pieces),
         )
         tokenizer.decoder = _decoder(model)
+        added = [piece for piece in model.pieces if piece.kind in (_CONTROL, _DEFINED)]
+        refuse_many(piece.text for piece in added)
         tokenizer.add_tokens(
             [
                 AddedToken(piece.text, normalized=False, special=piece.kind == _CONTROL)
-                for piece in model.pieces
-                if piece.kind in (_CONTROL, _DEFINED)
+                for piece in added
             ]
         )
         tokenizer.encode("a 한\n")
     except NoModel:
         raise
+    except TokenizerFault as fault:
+        raise NoModel(fault.message) from None
     except BaseException as error:  # the library panics on some tables, outside of Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise

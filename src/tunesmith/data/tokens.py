@@ -3,12 +3,16 @@
 Only tokenizer.json (the `tokenizers` library) is taken: no pickle, no code, no conversion.
 """
 
+import base64
+import binascii
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from tokenizers import AddedToken, Tokenizer
 
 from tunesmith.errors import ValidationError
@@ -28,6 +32,14 @@ FILES = (
 TEMPLATE_FILE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
 _MAX_JSON = 256 << 20
+MOST_GROWTH = 32
+"""Times as long as it was a text may become by what is replaced in it, beside what Unicode's own
+forms do."""
+MOST_ADDED = 1 << 20
+"""Characters of tokens that are added to a vocabulary: the library looks for all of them at once,
+which takes it long to make ready, and no other thread runs meanwhile."""
+_LONGEST_FORM = 33
+"""Bytes that Unicode's compatibility forms make of a character, at most."""
 _SLOW = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
@@ -38,14 +50,14 @@ class TokenizerFault(ValidationError):
 
 
 class BreakingTold:
-    """Around the library's calls: it panics on some damaged tables, outside of Exception. Raises
-    TokenizerFault then."""
+    """Around the library's calls: it panics on some damaged tables, outside of Exception, and
+    raises a bare Exception for a text that it has no tokens for. Raises TokenizerFault then."""
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        if kind is not None and kind.__name__ == "PanicException":
+        if kind is Exception or (kind is not None and kind.__name__ == "PanicException"):
             raise TokenizerFault(f"the tokenizer breaks on a text: {str(error)[:200]}") from None
 
 
@@ -99,19 +111,53 @@ def _tokenizer_json(folder: Path) -> bytes:
 
 
 def _built(folder: Path, raw: bytes) -> Tokenizer:
+    refuse_many(_added(raw))
     try:
         tokenizer = Tokenizer.from_buffer(raw)
-    except Exception as error:  # the library raises bare Exception
+    except BaseException as error:  # the library raises bare Exception, or panics
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
         reason = str(error)[:200]
         raise TokenizerFault(f"{folder.name}: tokenizer.json cannot be read: {reason}") from None
+    growth = max(_growth(tokenizer.normalizer), _growth(tokenizer.decoder))
+    if growth > MOST_GROWTH:
+        raise TokenizerFault(
+            f"{folder.name}: tokenizer.json makes texts up to {growth:,.0f} times as long by what "
+            f"it replaces; {MOST_GROWTH} times is the limit"
+        )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
+class _Token(msgspec.Struct):
+    content: str = ""
+
+
+class _Head(msgspec.Struct):
+    added_tokens: list[_Token] = []
+
+
+def _added(raw: bytes) -> list[str]:
+    """Of tokenizer.json; none where it is no such file, which the library tells best."""
+    try:
+        return [token.content for token in msgspec.json.decode(raw, type=_Head).added_tokens]
+    except (ValueError, RecursionError):
+        return []
+
+
+def refuse_many(added: Iterable[str]) -> None:
+    """Raises TokenizerFault."""
+    if sum(map(len, added)) > MOST_ADDED:
+        raise TokenizerFault(
+            f"the tokens added to the vocabulary have over {MOST_ADDED:,} characters in all"
+        )
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
+        json.dumps(value, ensure_ascii=False).encode()  # no halves of surrogate pairs
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -152,6 +198,7 @@ def _add_missing(tokenizer: Tokenizer, config: Mapping[str, Any], specials: dict
         if isinstance(name, str) and name not in known:
             tokens.append(AddedToken(name, special=True, normalized=False))
     if tokens:
+        refuse_many(token.content for token in tokens)
         tokenizer.add_tokens(tokens)
 
 
@@ -217,6 +264,46 @@ def most_per_byte(tokenizer: Tokenizer) -> int:
     if names & {"NFKC", "NFKD", "Precompiled", "Nmt"}:
         return 18
     return 1 if names <= {"ByteLevel", "Split", "Digits", "Sequence", "Punctuation"} else 3
+
+
+def _growth(part: Any) -> float:
+    """By what a normalizer, or a decoder, replaces."""
+    if part is None:
+        return 1.0
+    return min(1e12, prod(map(_grown, _steps(json.loads(part.__getstate__())))))
+
+
+def _steps(part: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(part, dict):
+        yield part
+        for one in part.get("normalizers") or part.get("decoders") or ():
+            yield from _steps(one)
+
+
+def _grown(step: Mapping[str, Any]) -> float:
+    added = len(str(step.get("content", step.get("prepend", ""))).encode())
+    match step.get("type"):
+        case "Replace":
+            words = step.get("pattern")
+            text = words.get("String") if isinstance(words, dict) else None
+            # an expression, and an empty text, may be found between any two letters
+            return max(1.0, added / len(text.encode())) if text else 1.0 + added
+        case "Prepend":
+            return max(1.0, added / 8)
+        case "Precompiled":
+            return max(1.0, _longest_form(step.get("precompiled_charsmap")) / _LONGEST_FORM)
+    return 1.0
+
+
+def _longest_form(charsmap: Any) -> int:
+    """Bytes that a table of SentencePiece's makes of a character: a trie with its size before it,
+    then the forms, each with a NUL at its end."""
+    try:
+        body = base64.b64decode(charsmap)
+    except (TypeError, ValueError, binascii.Error):
+        return 0
+    forms = body[4 + int.from_bytes(body[:4], "little") :]
+    return max(map(len, forms.split(b"\0")))
 
 
 def _types(part: Any) -> set[str]:

@@ -127,7 +127,8 @@ class Vocabulary:
 
     def _found_prefix(self) -> list[int]:
         bare = self.ids("a")
-        full: list[int] = self.tokenizer.encode("a", add_special_tokens=True).ids
+        with BreakingTold():
+            full: list[int] = self.tokenizer.encode("a", add_special_tokens=True).ids
         for at in range(len(full) - len(bare) + 1):
             if full[at : at + len(bare)] == bare:
                 return full[:at]

@@ -15,6 +15,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.rows import RowIndex
 from tunesmith.data.sampling import choose
 from tunesmith.data.scan import open_regular
+from tunesmith.data.tokens import TokenizerFault
 from tunesmith.errors import BadRequestError, JobFailure, ValidationError
 from tunesmith.hub import tokenizers
 from tunesmith.hub.data import refuse_elsewhere, usual_suffix
@@ -90,7 +91,10 @@ class Previews:
         if wanted.tokenizer is None:
             return self._hub.renderer
         place = tokenizers.find(self._hub, wanted.tokenizer, "tokenizer")
-        own = brought.load(place, wanted.tokenizer)
+        try:
+            own = brought.load(place, wanted.tokenizer)
+        except TokenizerFault as fault:
+            raise ValidationError(f"tokenizer: {fault.message}", param="tokenizer") from None
         return lambda folder, format: own
 
 
