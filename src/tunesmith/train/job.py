@@ -2,20 +2,16 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 
-from tunesmith.data.holdout import Rows
-from tunesmith.data.render import NOTICES, Renderer
-from tunesmith.data.sampling import Chosen
+from tunesmith.data.render import NOTICES
 from tunesmith.errors import FailureClass, JobFailure
-from tunesmith.nn.language import LanguageModel, Model, open_scorer, open_with
-from tunesmith.nn.opening import Opening
+from tunesmith.nn.language import LanguageModel, Model
 from tunesmith.spec.pipe import (
     Finished,
     Notice,
@@ -26,8 +22,8 @@ from tunesmith.spec.pipe import (
     TrainerTask,
 )
 from tunesmith.spec.rewards import RewardSource, TrainedModel
-from tunesmith.spec.train import Kto, Lora, Pretrain, Reinforcing, Reward, Sft
-from tunesmith.train import artifact, checkpoint, foreign, plan, randomness, space
+from tunesmith.spec.train import Kto, Pretrain, Reinforcing
+from tunesmith.train import artifact, checkpoint, plan, randomness, space
 from tunesmith.train.answers import CACHE_TOKENS, Exam, draw_questions
 from tunesmith.train.batches import Feed, Interrupted
 from tunesmith.train.best import Watch
@@ -37,10 +33,10 @@ from tunesmith.train.evaluate import Evaluation
 from tunesmith.train.failure import is_disk_full, is_out_of_memory, judge
 from tunesmith.train.loop import Loop, Parts
 from tunesmith.train.methods import Data, Method, Stage, ready
-from tunesmith.train.naming import name_base
 from tunesmith.train.narrowing import free_memory, may_narrow
 from tunesmith.train.objective import Ground
 from tunesmith.train.omissions import Omissions
+from tunesmith.train.opened import Opened, Opener
 from tunesmith.train.parallel import Group
 from tunesmith.train.probe import probe
 from tunesmith.train.process import Asks
@@ -48,30 +44,13 @@ from tunesmith.train.report import Report
 from tunesmith.train.rewarding import Rewarder
 from tunesmith.train.rewards import TRAINED, Bench, open_rewarders
 from tunesmith.train.rollout import Rollouts, Wish
-from tunesmith.train.sets import open_sets
-from tunesmith.train.source import RowSource, read_row
+from tunesmith.train.source import RowSource
 from tunesmith.train.stages import Stages
 from tunesmith.train.standing import Standing
 
 TELL_SECONDS = 30.0
 DRAWING_SECONDS = 300.0
 """Between two words that completions are being drawn: steps say more, where they come oftener."""
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A task's inputs, opened."""
-
-    model: Model
-    renderer: Renderer
-    rows: Rows
-    eval_rows: Rows | None
-    max_length: int
-    """Tokens of a sample: as asked for, or the model's context where that is shorter."""
-    named: Mapping[str, str]
-    """Published names of models, by path."""
-    has_own_tokenizer: bool = True
-    """False: the renderer's was brought along, in place of the model's."""
 
 
 class Job:
@@ -89,7 +68,6 @@ class Job:
         self._comparison: dict[str, float] = {}
         self._taught: Path | None = None
         """The reward model that was trained first."""
-        self._lora: Lora | None = None if isinstance(task.spec, Pretrain) else task.spec.lora
 
     def run(self) -> None:
         """Raises JobFailure, and whatever else goes wrong, for the caller to report."""
@@ -173,94 +151,11 @@ class Job:
         return Plan.model_validate_json(self._group.tell(chosen.model_dump_json().encode()))
 
     def _open(self, files: ExitStack) -> Opened:
-        inputs = self._task.inputs
-        rows, held_out = open_sets(inputs, self._spec, files)
-        if isinstance(rows, Chosen):
-            message = rows.sentence
-            self._report.send(Notice(level="info", code="sampling", message=message))
-        model = self._open_model()
-        renderer = self._renderer(rows)
-        if inputs.tokenizer is not None:
-            foreign.refuse_larger(renderer, model, self._spec)
-        return Opened(
-            model=model,
-            renderer=renderer,
-            rows=rows,
-            eval_rows=held_out,
-            max_length=self._max_length(model),
-            named=inputs.named,
-            has_own_tokenizer=inputs.tokenizer is None,
-        )
+        opener = Opener(self._task, self._plan, self._report.send)
+        return opener.open(files, lambda: self._open_model(opener))
 
-    def _open_model(self) -> Model:
-        folder, opening = self._task.inputs.model, self._opening()
-        is_scoring = isinstance(self._spec, Reward)
-        return open_scorer(folder, opening) if is_scoring else open_with(folder, opening)
-
-    def _opening(self) -> Opening:
-        spec, plan = self._spec, self._plan
-        return Opening(
-            lora=self._lora,
-            precision=plan.precision,
-            device=plan.device,
-            should_compile=plan.compile,
-            seed=spec.optim.seed,
-            gradient_checkpointing=bool(plan.gradient_checkpointing),
-            quantization=self._quantization(),
-            from_scratch=isinstance(spec, Pretrain) and spec.from_scratch,
-            has_dropout=isinstance(spec, Sft | Pretrain),
-            is_sharded=plan.parallel == "fsdp",
-        )
-
-    def _quantization(self) -> Literal["4bit", "8bit"] | None:
-        """As asked for on a GPU; on a CPU the weights stay as they are, and that is said."""
-        asked = self._spec.run.quantization
-        if asked is None or self._plan.device.startswith("cuda"):
-            return asked
-        self._notice(
-            "quantization_off",
-            f"{asked} weights need a GPU, and this job runs on the CPU: the weights are kept in "
-            "full precision, which takes more memory and loses nothing",
-        )
-        return None
-
-    def _renderer(self, rows: Rows) -> Renderer:
-        if self._task.inputs.tokenizer is not None:
-            return self._brought()
-        renderer = Renderer.load(Path(self._task.inputs.model))
-        if renderer.template is not None or isinstance(self._spec, Pretrain):
-            return renderer
-        if not read_row(rows, 0).messages:
-            return renderer
-        renderer = renderer.with_fallback(rows.format)
-        self._notice(
-            "template_chosen",
-            f"the model has no chat template: the {renderer.template_source} one is used "
-            "and kept with the result",
-        )
-        return renderer
-
-    def _brought(self) -> Renderer:
-        renderer = foreign.load(self._task)
-        if renderer.eos_token_id is None:
-            self._notice(
-                "no_end_token",
-                "the tokenizer names no token that ends a text: documents follow each other "
-                "without a mark",
-            )
-        return renderer
-
-    def _max_length(self, model: Model) -> int:
-        spec = self._spec
-        asked = spec.sequence_length if isinstance(spec, Pretrain) else spec.max_length
-        if asked <= model.context_length:
-            return asked
-        self._notice(
-            "max_length_lowered",
-            f"samples of {asked:,} tokens were asked for; the model's context of "
-            f"{model.context_length:,} holds",
-        )
-        return model.context_length
+    def _open_model(self, opener: Opener) -> Model:
+        return opener.model()
 
     def _methods(self, opened: Opened, saved: Saved | None) -> tuple[Method, Method | None]:
         """Of the training and of the validation set."""
@@ -503,7 +398,7 @@ class Job:
         raise AssertionError
 
     def _save_model(self, opened: Opened, folder: Path) -> None:
-        save_model(opened, folder)
+        opened.save(folder)
 
     def _shelf(self) -> Shelf:
         return Shelf(Path(self._task.attempt_dir), self._spec.run.keep_checkpoints)
@@ -571,12 +466,3 @@ class Job:
 def omissions_of(method: Method) -> Omissions:
     source = method.source
     return source.omissions if isinstance(source, RowSource) else Omissions()
-
-
-def save_model(opened: Opened, folder: Path) -> None:
-    """Weights, tokenizer and the template in use: all that serving needs."""
-    opened.model.save(folder)
-    opened.renderer.save(folder)
-    name_base(folder, opened.named)
-    if not opened.has_own_tokenizer:
-        foreign.name_ends(folder, opened.renderer)

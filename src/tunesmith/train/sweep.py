@@ -26,8 +26,9 @@ from tunesmith.train.batches import Interrupted
 from tunesmith.train.checkpoint import Saved, Snapshot, joined
 from tunesmith.train.failure import is_disk_full
 from tunesmith.train.groups import by_rows
-from tunesmith.train.job import Job, Opened, save_model
+from tunesmith.train.job import Job
 from tunesmith.train.naming import name_base
+from tunesmith.train.opened import Opened, Opener
 from tunesmith.train.parallel import Group
 from tunesmith.train.process import Asks
 from tunesmith.train.report import Report
@@ -85,8 +86,8 @@ class SweepJob(Job):
         known = [one for one in seconds if one is not None]
         return round(sum(known), 3) if len(known) == len(seconds) else None
 
-    def _open_model(self) -> Model:
-        opening = self._opening()
+    def _open_model(self, opener: Opener) -> Model:
+        opening = opener.opening()
         openings = [
             replace(opening, lora=one.spec.lora, seed=one.spec.optim.seed)
             for one in self._configurations
@@ -203,7 +204,7 @@ class SweepJob(Job):
 
     def _save_models(self, folder: Path) -> None:
         """The best by now as it is served, and each one's weights."""
-        save_model(self._best().opened, folder)
+        self._best().opened.save(folder)
         for trial in self._trials:
             place = folder / trial.path
             trial.opened.model.save(place)
@@ -262,11 +263,11 @@ class SweepJob(Job):
 
     def _fill(self, folder: Path, records: dict[str, dict[str, Any]]) -> None:
         """The best one at the root, each by itself, and the table."""
-        save_model(self._best().opened, folder)
+        self._best().opened.save(folder)
         for trial in self._trials:
             if trial.name in records:
                 place = folder / trial.path
-                save_model(trial.opened, place)
+                trial.opened.save(place)
                 (place / RECORD).write_text(_lines(records[trial.name]), encoding="utf-8")
         table = self._table().model_dump(mode="json")
         (folder / TABLE).write_text(_lines(table), encoding="utf-8")

@@ -30,10 +30,11 @@ from tunesmith.spec.rewards import REWARD_MODEL
 from tunesmith.spec.train import Reinforcing, reward_training
 from tunesmith.train.artifact import RECORD
 from tunesmith.train.checkpoint import Saved, Shelf, Snapshot
-from tunesmith.train.job import Job, Opened
+from tunesmith.train.job import Job
 from tunesmith.train.loop import Loop
 from tunesmith.train.methods import Method
 from tunesmith.train.naming import name_base, place_base
+from tunesmith.train.opened import Opened
 from tunesmith.train.parallel import Group
 from tunesmith.train.process import Asks
 from tunesmith.train.report import Report

@@ -16,9 +16,10 @@ from tunesmith.spec.train import Sweepable
 from tunesmith.train import randomness
 from tunesmith.train.batches import Source
 from tunesmith.train.checkpoint import Saved, Snapshot
-from tunesmith.train.job import Job, Opened
+from tunesmith.train.job import Job
 from tunesmith.train.loop import Loop
 from tunesmith.train.methods import Method
+from tunesmith.train.opened import Opened
 from tunesmith.train.report import Report
 from tunesmith.train.standing import Standing
 
