@@ -22,8 +22,8 @@ from train_fixtures import (
     tuned,
     write_rows,
 )
-from tunesmith.data.formats import Row
 from tunesmith.data.render import Renderer
+from tunesmith.data.row import Row
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.nn.forks import flatten_forks
 from tunesmith.nn.language import open_model

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from rl_fixtures import ANSWERS, ASKED, MATCH, guessing, inputs_of
 from train_fixtures import PLAN, run_here, tuned
-from tunesmith.data.formats import Row
 from tunesmith.data.render import Renderer
+from tunesmith.data.row import Row
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.spec.chat import Message
 from tunesmith.spec.train import Grpo, Lora, Ppo, Rloo, Run

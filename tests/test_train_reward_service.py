@@ -8,7 +8,8 @@ import pytest
 from receivers import Receiver, Say
 from rl_fixtures import ASKED
 from train_fixtures import Place, make_model, run_here, tuned, write_rows
-from tunesmith.data.formats import Row, parse
+from tunesmith.data.formats import parse
+from tunesmith.data.row import Row
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.spec.pipe import Inputs
 from tunesmith.spec.rewards import RewardService

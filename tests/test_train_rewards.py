@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from rl_fixtures import ASKED, guessing
 from train_fixtures import Place, preferences, run_here, tuned, write_rows
 from tunesmith.data import verify
-from tunesmith.data.formats import Row
 from tunesmith.data.render import Renderer
+from tunesmith.data.row import Row
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.nn.batch import flatten
 from tunesmith.nn.forks import Fork, flatten_ends

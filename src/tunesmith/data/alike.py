@@ -4,9 +4,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from tunesmith.data import scan, twins
-from tunesmith.data.formats import Format, RowFault
 from tunesmith.data.reader import Reader
 from tunesmith.data.reading import Reading
+from tunesmith.data.row import Format, RowFault
 from tunesmith.data.twins import Prints, Twins
 from tunesmith.errors import ValidationError
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.data.formats import Row
+from tunesmith.data.row import Row
 from tunesmith.data.rows import Rows
 from tunesmith.spec.chat import Message
 

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import Field
 
 from tunesmith.data.fit import Cut, Overlong, fit_encoded
-from tunesmith.data.formats import Row, RowFault
 from tunesmith.data.measure import measure
 from tunesmith.data.render import NOTICES, Encoded, Renderer, TemplateError, TrainOn
+from tunesmith.data.row import Row, RowFault
 from tunesmith.data.rows import Rows
 from tunesmith.data.tokens import BreakingTold
 from tunesmith.errors import ValidationError

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tunesmith.data.formats import Row
 from tunesmith.data.render import Encoded, Notice, Renderer, TemplateError, TrainOn
+from tunesmith.data.row import Row
 from tunesmith.errors import ValidationError
 
 Overlong = Literal["drop", "truncate", "refuse"]

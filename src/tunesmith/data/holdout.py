@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
 
-from tunesmith.data.formats import Format, Row
+from tunesmith.data.row import Format, Row
 from tunesmith.errors import ValidationError
 
 

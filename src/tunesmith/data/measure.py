@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from tunesmith.data.fit import Cut, Fitted, fit
-from tunesmith.data.formats import Row, RowFault
 from tunesmith.data.render import Renderer, TemplateError
+from tunesmith.data.row import Row, RowFault
 from tunesmith.data.rows import Rows
 from tunesmith.spec.estimate import Measure
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from tunesmith.data.formats import RowFault, Wrong
+from tunesmith.data.row import RowFault, Wrong
 from tunesmith.data.scan import MAX_ROW, Span
 
 MAGIC = b"PAR1"

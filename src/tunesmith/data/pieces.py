@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tunesmith.data.formats import Row
+from tunesmith.data.row import Row
 from tunesmith.data.sandbox import TemplateError
 from tunesmith.data.templates import Rendered
 from tunesmith.data.vocabulary import Vocabulary

@@ -6,8 +6,8 @@ from typing import Literal
 from pydantic import Field
 
 from tunesmith.data.fit import Cut, Fitted, fit
-from tunesmith.data.formats import Row
 from tunesmith.data.render import NOTICES, Renderer, TemplateError
+from tunesmith.data.row import Row
 from tunesmith.data.spelled import Speller
 from tunesmith.errors import ValidationError
 from tunesmith.spec.strict import Strict

@@ -8,8 +8,9 @@ from typing import Any, BinaryIO
 import msgspec
 
 from tunesmith.data import formats, parquet, row_adapters, scan, tables
-from tunesmith.data.formats import Format, Row, RowFault, Wrong
+from tunesmith.data.built import document
 from tunesmith.data.reading import Reading, as_json
+from tunesmith.data.row import FORMATS, Format, Row, RowFault, Wrong
 from tunesmith.data.row_adapters import RANK, TARGETS
 from tunesmith.data.scan import Layout, Span
 
@@ -128,7 +129,7 @@ class Reader:
     def _row(self, span: Span, format: Format) -> Row:
         body = self.reading.cleaned(span.body)
         if self.layout == "documents":
-            return formats.document(self.reading.plain(_text(body)), span.line)
+            return document(self.reading.plain(_text(body)), span.line)
         if self.head is not None:
             body = as_json(self._fields(body))
         elif self.layout == "parquet":
@@ -157,7 +158,7 @@ class Reader:
         more = [METADATA] if self.reading.with_metadata else []
         if self.reading.columns:
             return [*(column for _, column in self.reading.columns), *more]
-        return sorted({TARGETS, RANK, *more}.union(*map(formats.known_fields, formats.FORMATS)))
+        return sorted({TARGETS, RANK, *more}.union(*map(formats.known_fields, FORMATS)))
 
     def _fault(self, span: Span, wrong: Wrong) -> RowFault:
         return RowFault(span.line, wrong.reason, loc=wrong.loc, unit=self.unit)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from tunesmith.data import formats
-from tunesmith.data.formats import Row, Wrong
+from tunesmith.data.row import Row, Wrong
 from tunesmith.spec.train import Pretrain, Sft, TrainSpec
 
 Controls = Literal["kept", "refused", "removed"]

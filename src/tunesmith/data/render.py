@@ -18,8 +18,8 @@ import msgspec
 from tokenizers import Tokenizer
 
 from tunesmith.data import fallbacks, templates, tokens
-from tunesmith.data.formats import Row
 from tunesmith.data.pieces import NOTICES, Cutter, Notice, Piece, Tools
+from tunesmith.data.row import Row
 from tunesmith.data.sandbox import TemplateError
 from tunesmith.data.tokens import TokenizerFiles
 from tunesmith.data.vocabulary import Vocabulary

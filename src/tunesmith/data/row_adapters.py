@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from tunesmith.data.formats import Format, RowAdapter, Wrong
+from tunesmith.data.row import Format, RowAdapter, Wrong
 
 MAX_RANK = 1024
 MAX_TARGETS = 256

@@ -10,9 +10,9 @@ from typing import Any, BinaryIO, Protocol
 from pydantic import Field
 
 from tunesmith.data import scan, twins
-from tunesmith.data.formats import Format, Row, RowFault
 from tunesmith.data.reader import SAMPLE, Reader
 from tunesmith.data.reading import Reading
+from tunesmith.data.row import Format, Row, RowFault
 from tunesmith.data.scan import Span
 from tunesmith.data.scratch import scratch
 from tunesmith.data.twins import Prints, Twins

@@ -11,8 +11,8 @@ from hashlib import blake2b
 from math import floor
 from typing import Any
 
-from tunesmith.data.formats import Format, Row
 from tunesmith.data.holdout import Rows
+from tunesmith.data.row import Format, Row
 from tunesmith.data.rows import RowIndex
 from tunesmith.errors import ValidationError
 from tunesmith.spec.sampling import Sampling, Value

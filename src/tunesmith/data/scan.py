@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from tunesmith.data.formats import RowFault
+from tunesmith.data.row import RowFault
 from tunesmith.errors import BadRequestError, NotFoundError
 
 Layout = Literal["lines", "array", "documents", "csv", "parquet"]
@@ -35,7 +35,7 @@ _SPACE = re.compile(rb"[ \t\r\n]*")
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The bytes of one row. `line` counts from 1 (see `formats.Row`)."""
+    """The bytes of one row. `line` counts from 1 (see `row.Row`)."""
 
     line: int
     offset: int

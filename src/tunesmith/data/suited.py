@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from tunesmith.data.formats import Format
+from tunesmith.data.row import Format
 from tunesmith.errors import ValidationError
 
 TEACHING: tuple[Format, ...] = ("openai", "alpaca", "prompt_completion", "sharegpt", "text")

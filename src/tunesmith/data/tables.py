@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from tunesmith.data.formats import RowFault, Wrong
+from tunesmith.data.row import RowFault, Wrong
 from tunesmith.data.scan import BOM, MAX_ROW, Span
 
 MAX_COLUMNS = 4096

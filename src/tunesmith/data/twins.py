@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import msgspec
 from pydantic import BaseModel
 
-from tunesmith.data.formats import Row
+from tunesmith.data.row import Row
 from tunesmith.data.scratch import scratch
 from tunesmith.spec.strict import Strict
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, BinaryIO
 from sqlalchemy.engine import Connection
 
 from tunesmith.data import formats
-from tunesmith.data.formats import Wrong
 from tunesmith.data.reading import Reading
+from tunesmith.data.row import Wrong
 from tunesmith.data.rows import FileReport, RowIndex, check_file
 from tunesmith.data.scan import open_regular
 from tunesmith.data.twins import Twins

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data import row_adapters
-from tunesmith.data.formats import RowAdapter
 from tunesmith.data.holdout import Rows
+from tunesmith.data.row import RowAdapter
 from tunesmith.data.rows import RowFault
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.nn.folder import listed

@@ -10,8 +10,8 @@ from itertools import groupby
 import torch
 
 from tunesmith.data.asked import asked
-from tunesmith.data.formats import Row
 from tunesmith.data.render import Encoded, Renderer
+from tunesmith.data.row import Row
 from tunesmith.errors import FailureClass, JobFailure, ValidationError
 from tunesmith.nn.folder import open_folder
 from tunesmith.nn.forks import Fork, flatten_ends
