@@ -273,3 +273,28 @@ def test_pairs_that_a_reward_model_cannot_be_trained_on_are_found_before_a_claim
     assert "longer than 64 tokens" in door.get(f"/jobs/{job_id}").json()["error"]
     again = door.post("/train/config", json=body)
     assert (again.status_code, "longer than 64" in again.text) == (422, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("rewards: [{kind: nothing}]", "rewards.0: kind 'nothing' is unknown; write one of exact"),
+        ("rewards: [{}]", "rewards.0: kind is missing"),
+        ("rewards: [{kind: numeric, tolerance: -1}]", "rewards.0.numeric.tolerance: input should"),
+        ("rewards: [{kind: trained}, {kind: trained}]", "one reward model is trained first"),
+        ("rewards: []", "rewards: tuple should have at least 1 item"),
+    ],
+)
+def test_a_reward_that_is_none_is_told_once_and_where(
+    door: TestClient, text: str, told: str
+) -> None:
+    answer = send(door, f"method: grpo\nmodel: models/tiny\ndataset: data/chat.jsonl\n{text}")
+    assert answer.status_code == 422
+    [fault] = answer.json()["detail"]
+    assert fault["msg"].startswith(told)
+
+
+def test_a_value_of_metadata_that_is_none_is_told_once(door: TestClient) -> None:
+    text = "method: pretrain\nmodel: models/tiny\ndataset: d\nsampling: {where: {lang: {a: 1}}}"
+    [fault] = send(door, text).json()["detail"]
+    assert fault["msg"].startswith("sampling.where.lang.0: has to be a text of up to 1000")

@@ -43,14 +43,38 @@ def refusal(faults: Sequence[Fault], name: str) -> ValidationError:
 def faults_of(error: PydanticError) -> list[tuple[str, str]]:
     """Place, dotted, and what is wrong there; one for each place."""
     found: dict[str, list[str]] = {}
-    for fault in error.errors(include_url=False):
+    for fault in told_by(error):
         place = ".".join(str(part) for part in fault["loc"])
-        found.setdefault(place, []).append(_worded(fault["type"], fault["msg"]))
+        found.setdefault(place, []).append(_worded(fault))
     return [(place, "; or ".join(messages)) for place, messages in found.items()]
 
 
-def _worded(kind: str, message: str) -> str:
-    if kind == "missing":
+def told_by(error: PydanticError) -> list[dict[str, Any]]:
+    """Its faults, but for that of a list which is too short since its items have faults."""
+    told = [dict(fault) for fault in error.errors(include_url=False)]
+    return [fault for fault in told if not _is_echo(fault, told)]
+
+
+def _is_echo(fault: dict[str, Any], told: Sequence[dict[str, Any]]) -> bool:
+    loc = fault["loc"]
+    return fault["type"] == "too_short" and any(
+        one["loc"][: len(loc)] == loc and one["loc"] != loc for one in told
+    )
+
+
+def plain(fault: dict[str, Any]) -> str:
+    """What is wrong, in a few words."""
+    if fault["type"] == "union_tag_not_found":
+        return f"{fault['ctx']['discriminator']} is missing".replace("'", "")
+    if fault["type"] == "union_tag_invalid":
+        told = fault["ctx"]
+        name, tags = (told[each].replace("'", "") for each in ("discriminator", "expected_tags"))
+        return f"{name} {str(told['tag'])[:60]!r} is unknown; write one of {tags}"
+    message: str = fault["msg"].removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def _worded(fault: dict[str, Any]) -> str:
+    if fault["type"] == "missing":
         return "is missing"
-    plain = message.removeprefix("Value error, ").replace("Input should be", "has to be")
-    return plain[:1].lower() + plain[1:]
+    return plain(fault).replace("input should be", "has to be", 1)

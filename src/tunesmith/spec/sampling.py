@@ -2,14 +2,25 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, field_validator, model_validator
 
 from tunesmith.spec.strict import Strict
 
 MAX_WEIGHT = 1000.0
 MetaField = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 """Of a row's `metadata`."""
-Value = bool | int | float | Annotated[str, StringConstraints(max_length=1000)]
+MAX_VALUE_LENGTH = 1000
+
+
+def _plain(value: Any) -> Any:
+    """One sentence, where a union would tell of each of its kinds."""
+    is_plain = isinstance(value, bool | int | float | str)
+    if not is_plain or len(value if isinstance(value, str) else repr(value)) > MAX_VALUE_LENGTH:
+        raise ValueError(f"has to be a text of up to {MAX_VALUE_LENGTH} characters, or a number")
+    return value
+
+
+Value = Annotated[bool | int | float | str, BeforeValidator(_plain)]
 """Compared as text: 1, 1.0 and "1" are one, as are true and "true"."""
 Weight = Annotated[float, Field(ge=0, le=MAX_WEIGHT)]
 """How often a document is read in an epoch, on average: 2.5 is twice, and half of the time once
@@ -19,7 +30,7 @@ more; 0 leaves it out."""
 class Weights(Strict):
     field: MetaField = Field(description="of a row's metadata")
     values: Annotated[
-        dict[Annotated[str, StringConstraints(max_length=1000)], Weight],
+        dict[Annotated[str, StringConstraints(max_length=MAX_VALUE_LENGTH)], Weight],
         Field(min_length=1, max_length=1000),
     ] = Field(description="value → weight; of a list of values the heaviest counts")
     default: Weight = Field(1.0, description="of documents with another value, or with none")

@@ -13,7 +13,7 @@ from pydantic import ValidationError as PydanticError
 from tunesmith.errors import ValidationError
 from tunesmith.spec import yaml_guard
 from tunesmith.spec.configuration import Configuration
-from tunesmith.spec.faults import Fault, refusal
+from tunesmith.spec.faults import Fault, plain, refusal, told_by
 from tunesmith.spec.places import places
 from tunesmith.spec.tasks.config import TASK_TYPE, read_config
 from tunesmith.spec.tasks.tasks import TASKS
@@ -61,8 +61,8 @@ def _native(document: Document, name: str) -> Configuration:
     try:
         spec = _ADAPTER.validate_python(value)
     except PydanticError as error:
-        told = error.errors(include_url=False, include_context=True)
-        raise refusal([_fault(dict(one), value[METHOD], document) for one in told], name) from None
+        told = told_by(error)
+        raise refusal([_fault(one, value[METHOD], document) for one in told], name) from None
     return Configuration(spec, spec.model_dump(mode="json"))
 
 
@@ -78,9 +78,9 @@ def _fault(fault: dict[str, Any], method: Any, document: Document) -> Fault:
         return Fault(f"unknown field {place!r}{near}{advice}", line=line)
     if fault["type"] == "missing":
         return Fault(f"{place!r} is missing", line=line)
-    if fault["type"] == "union_tag_invalid":
+    if fault["type"] == "union_tag_invalid" and not path:
         return Fault(f"method {str(method)[:60]!r} is unknown; write {_LISTED}", line=line)
-    return Fault(f"{place}: {fault['msg'][:1].lower()}{fault['msg'][1:]}", line=line)
+    return Fault(f"{place}: {plain(fault)}" if place else plain(fault), line=line)
 
 
 def _line(document: Document, path: list[Any]) -> int | None:
