@@ -109,3 +109,22 @@ def test_a_checkpoint_of_a_job_with_other_rewards_is_refused(place):
     saved = run_here(place.task(other, inputs=inputs)).of("checkpointed")[0]["path"]
     with pytest.raises(JobFailure, match="trained no reward model first"):
         run_here(place.task(tuned(Grpo, **SHORT, **FIRST), resume_from=saved))
+
+
+def test_smaller_passes_of_the_first_part_hold_in_the_second(place, monkeypatch):
+    """As they do for an attempt that goes on from there."""
+    backward, times = torch.Tensor.backward, iter(range(1000))
+
+    def short(self, *given, **named):
+        if next(times) == 1:
+            raise torch.OutOfMemoryError("no memory for the second step")
+        return backward(self, *given, **named)
+
+    monkeypatch.setattr(torch.Tensor, "backward", short)
+    whole = run_here(place.task(tuned(Grpo, **SHORT, **FIRST)))
+    [found] = [event["plan"] for event in whole.of("replanned")]
+    before, after = [event["plan"] for event in whole.of("started")]
+    assert after == found != before
+    saved = whole.of("checkpointed")[2]["path"]
+    again = run_here(place.task(tuned(Grpo, **SHORT, **FIRST), resume_from=saved, plan=None))
+    assert again.losses == {at: loss for at, loss in whole.losses.items() if at > 3}
