@@ -160,6 +160,19 @@ def test_what_a_model_was_made_from_and_what_has_a_name_stays(kept: Kept) -> Non
     assert base.is_dir()
 
 
+def test_what_rewards_a_job_that_waits_stays(kept: Kept) -> None:
+    scoring = kept.run_twice()
+    kept.ledger.finish(scoring.id, 2, succeeded())
+    place = kept.attempt(scoring, 2) / "checkpoints" / "step-6" / "model"
+    other = kept.ledger.submit(reward_models=(Source(name="r", path=str(place)),))
+    kept.ledger.clock.pass_by(31 * DAY)
+    kept.turn()
+    assert place.parent.is_dir()
+    kept.ledger.stop(other.id)
+    kept.turn()
+    assert not place.parent.exists()
+
+
 def test_a_model_that_found_no_place_of_its_own_and_a_receipt_under_way_stay(kept: Kept) -> None:
     lost, waiting = kept.run_twice(), kept.run_twice()
     for job in (lost, waiting):

@@ -61,6 +61,8 @@ def named_paths(tx: Connection) -> set[str]:
         jobs.c.state.not_in(("failed", "cancelled"))
     )
     found = {path for path in tx.scalars(paths.distinct()) if path}
+    scoring = select(jobs.c.reward_models).where(is_unfinished(), jobs.c.reward_models.is_not(None))
+    found |= {source["path"] for sources in tx.scalars(scoring) for source in sources}
     begun = select(jobs.c.resume_from).where(is_unfinished(), jobs.c.resume_from.is_not(None))
     found |= {path for path in tx.scalars(begun) if path}
     is_live = engines.c.state.in_(("wanted", "starting", "ready"))
