@@ -23,7 +23,7 @@ from tunesmith.data.reading import Reading
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import RowIndex
 from tunesmith.data.sampling import Chosen, choose, sampled
-from tunesmith.errors import ValidationError
+from tunesmith.errors import JobFailure, ValidationError
 from tunesmith.hub.checks import looked_at
 from tunesmith.hub.estimate import foretell
 from tunesmith.hub.folder import read
@@ -244,3 +244,17 @@ def test_a_preview_with_another_tokenizer_has_its_ids(
 def test_without_sampling_rows_are_read_as_they_are(corpus: Path) -> None:
     with RowIndex.open(corpus) as index:
         assert sampled(index, None, 1) is index
+
+
+def test_weights_that_draw_nothing_are_refused_and_told_of_by_their_epoch(
+    corpus: Path, tmp_path: Path, tiny: Path
+) -> None:
+    asked = {"weights": {"field": "lang", "values": {"ko": 1e-9}, "default": 0}}
+    with (
+        RowIndex.open(corpus, Reading(with_metadata=True)) as index,
+        pytest.raises(ValidationError, match="sampling draws no document in the first epoch"),
+    ):
+        sampled(index, sampling(**asked), 42)
+    inputs = Inputs(model=str(tiny), dataset=str(corpus))
+    with pytest.raises(JobFailure, match="sampling draws no text in epoch 1"):
+        run_here(Place(tmp_path, tiny, corpus).task(spec_of(sampling=asked), inputs=inputs))

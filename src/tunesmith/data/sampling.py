@@ -149,8 +149,17 @@ def choose(index: RowIndex, sampling: Sampling) -> Chosen:
 
 
 def sampled(index: RowIndex, sampling: Sampling | None, seed: int) -> Rows:
-    """What the first epoch reads: all rows, or those that are drawn."""
-    return index if sampling is None else choose(index, sampling).draw(seed, 0)
+    """What the first epoch reads: all rows, or those that are drawn. Raises ValidationError where
+    that is none."""
+    if sampling is None:
+        return index
+    drawn = choose(index, sampling).draw(seed, 0)
+    if not drawn:
+        raise ValidationError(
+            "sampling draws no document in the first epoch: its weights are too small for so few",
+            param="sampling",
+        )
+    return drawn
 
 
 def _times(weight: float, seed: int, epoch: int, place: int) -> int:

@@ -93,6 +93,12 @@ class BlockSource:
         return list(dict.fromkeys(read_row(drawn, place).line for place in places))
 
     def nothing_usable(self) -> JobFailure:
+        if isinstance(self._rows, Chosen):
+            return JobFailure(
+                FailureClass.DATA_ERROR,
+                f"sampling draws no text in epoch {self._epoch + 1}",
+                "raise its weights, or give it more documents",
+            )
         return JobFailure(FailureClass.DATA_ERROR, "the data set holds no text to train on")
 
     def _count(self, tokens: int, size: int) -> None:
