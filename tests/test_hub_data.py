@@ -95,15 +95,21 @@ def test_what_the_hub_does_not_give_is_a_sentence(
 
 
 def test_one_that_takes_long_is_asked_for_again(
-    door: TestClient, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    door: TestClient, hub: Hub, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_rows(tmp_path / "slow.jsonl", chats(9))
-    slow = hub.add("datasets/org/slow", tmp_path)
+    write_rows(repo / "data" / "other.jsonl", chats(3))
+    (tmp_path / "slow").mkdir()
+    write_rows(tmp_path / "slow" / "slow.jsonl", chats(9))
+    slow = hub.add("datasets/org/slow", tmp_path / "slow")
     monkeypatch.setattr(remote_data, "PATIENCE_SECONDS", 0.2)
     slow.answered = threading.Event()
     answer = submit(door, "org/slow")
     assert answer.status_code == 503, answer.text
     assert "on its way from the hub; ask again" in answer.text
+    monkeypatch.setattr(remote_data, "AT_ONCE", 1)
+    answer = submit(door, "org/words/data/other.jsonl")
+    assert answer.status_code == 503, answer.text
+    assert "1 other data sets are on their way" in answer.text
     slow.answered.set()
     monkeypatch.setattr(remote_data, "PATIENCE_SECONDS", 60.0)
     assert submit(door, "org/slow").status_code == 200

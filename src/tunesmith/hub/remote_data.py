@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 PATIENCE_SECONDS = 15.0
 STALL_SECONDS = 60.0
+AT_ONCE = 4
+"""Files on their way: each has a thread, and may fill the disk."""
 MAX_FILES = 50_000
 _SHOWN = 8
 _OURS = ("data", "datasets")
@@ -115,6 +117,11 @@ class RemoteData:
             )
         with self._turn:
             found = self._under_way.get(wanted.key)
+            if found is None and len(self._under_way) >= AT_ONCE:
+                raise NotReadyError(
+                    f"{field}: {AT_ONCE} other data sets are on their way from the "
+                    "hub; ask again in a moment"
+                )
             if found is None:
                 found = remote.started(lambda: self._fetch(wanted))
                 self._under_way[wanted.key] = found
