@@ -298,3 +298,21 @@ def test_a_value_of_metadata_that_is_none_is_told_once(door: TestClient) -> None
     text = "method: pretrain\nmodel: models/tiny\ndataset: d\nsampling: {where: {lang: {a: 1}}}"
     [fault] = send(door, text).json()["detail"]
     assert fault["msg"].startswith("sampling.where.lang.0: has to be a text of up to 1000")
+
+
+def test_a_long_configuration_is_left_out_of_lists_and_a_longer_one_is_refused(
+    door: TestClient,
+) -> None:
+    def text(count: int) -> str:
+        code = "#" * 60_000 + "\ndef reward(**given): return 1"
+        told = {"method": "grpo", "model": "models/tiny", "dataset": "data/chat.jsonl"}
+        sizes = {"max_completion_length": 16, "max_length": 64}
+        return json.dumps(told | sizes | {"rewards": [{"kind": "python", "code": code}] * count})
+
+    job_id = send(door, text(1)).json()["job_id"]
+    [listed] = [job for job in door.get("/jobs").json() if job["job_id"] == job_id]
+    assert list(listed["config"]) == ["omitted"]
+    assert len(door.get(f"/jobs/{job_id}").json()["config"]["rewards"][0]["code"]) > 60_000
+    answer = send(door, text(9))
+    assert answer.status_code == 413
+    assert "262,144 is the limit; shorten what is long in it" in answer.text

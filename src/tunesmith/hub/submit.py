@@ -17,6 +17,7 @@ from tunesmith.data.verify import check_rules
 from tunesmith.errors import (
     BadRequestError,
     NoSpaceError,
+    PayloadTooLargeError,
     TuningAPIError,
     ValidationError,
 )
@@ -46,6 +47,9 @@ from tunesmith.store.files import confine
 
 if TYPE_CHECKING:
     from tunesmith.hub import Hub
+
+MAX_ASKED_BYTES = 256 << 10
+"""Of a configuration, as JSON, with its defaults."""
 
 
 async def submit(hub: "Hub", asked: Request, who: Principal) -> Job:
@@ -89,6 +93,7 @@ def _estimate(hub: "Hub", asked: Request, who: Principal) -> Estimate:
 
 
 async def _submit(hub: "Hub", asked: Request, who: Principal) -> Job:
+    _refuse_long(asked)
     for url in services_in(rewards_of(asked.spec)):
         await hub.webhooks.check(url, asked.name("rewards"))
     new = await _new(hub, asked, who)
@@ -167,6 +172,16 @@ def _prepare(hub: "Hub", asked: Request, who: Principal, look: Look) -> NewJob:
             else foretell(spec, model.folder, looked, look.history(), bool(wanted.gpus), folders)
         ),
     )
+
+
+def _refuse_long(asked: Request) -> None:
+    """It is kept with the job, and read whenever that is looked at."""
+    size = len(msgspec.json.encode(asked.request))
+    if size > MAX_ASKED_BYTES:
+        raise PayloadTooLargeError(
+            f"the configuration comes to {size:,} bytes with its defaults, and {MAX_ASKED_BYTES:,} "
+            "is the limit; shorten what is long in it: code, schemas, lists of values"
+        )
 
 
 def _refuse_model(model: FoundModel, asked: Request) -> None:

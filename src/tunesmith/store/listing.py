@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Text, and_, cast, or_, select
+from sqlalchemy import ColumnElement, Text, and_, case, cast, func, literal, or_, select
 from sqlalchemy.engine import Connection
 
 from tunesmith.spec.records import Job, JobState, StopMode
 from tunesmith.store.tables import PINNED, is_unfinished, jobs
+
+MAX_REQUEST_CHARS = 16_384
+_TOO_LONG = '{"omitted":"too long for a list: GET /jobs/{job_id} has it"}'
 
 
 class Line(NamedTuple):
@@ -19,7 +22,7 @@ class Line(NamedTuple):
     method: str
     model_path: str
     request: Any
-    """JSON as text, out of the table."""
+    """JSON as text, out of the table; in a list a note, where it is over `MAX_REQUEST_CHARS`."""
     label: str | None
     output_dir: str
     state: str
@@ -51,12 +54,13 @@ class Wanted:
         return or_(found, stopping)
 
 
+_REQUEST = cast(jobs.c.request, Text)
 _COLUMNS: tuple[ColumnElement[Any], ...] = (
     jobs.c.id,
     jobs.c.owner,
     jobs.c.spec["method"].as_string(),
     jobs.c.model["path"].as_string(),
-    cast(jobs.c.request, Text),
+    case((func.length(_REQUEST) > MAX_REQUEST_CHARS, literal(_TOO_LONG, Text)), else_=_REQUEST),
     *(
         jobs.c[name]
         for name in (

@@ -39,7 +39,9 @@ class JobView(BaseModel):
     job_id: str = Field(description="8 hex digits")
     training_type: str = Field(description="sft, dpo, else the method's name")
     status: Status = Field(description="pending, running, completed, failed or cancelled")
-    config: dict[str, Any] = Field(description="the request, with its defaults filled in")
+    config: dict[str, Any] = Field(
+        description="the request, with its defaults filled in; a list leaves out what is over 16 KB"
+    )
     created_at: str = Field(description="when it was submitted")
     started_at: str | None = Field(description="when its first attempt began")
     completed_at: str | None = Field(description="when it ended, however it ended")
