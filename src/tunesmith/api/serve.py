@@ -97,10 +97,6 @@ async def _serve(hub: Hub, listener: socket.socket, role: str, should_start_work
     )
     server = _Server(config)
     app: FastAPI = config.app  # type: ignore[assignment]
-    address = Address(settings.home, listener)
-    address.write()
-    url = address.url
-    print(f"Tunesmith is at {url}  (docs: {url}/docs)", file=sys.stderr, flush=True)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     hands = _hands(settings) if should_start_worker else None
@@ -114,6 +110,10 @@ async def _serve(hub: Hub, listener: socket.socket, role: str, should_start_work
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    address = Address(settings.home, listener)
+    address.write()
+    url = address.url
+    print(f"Tunesmith is at {url}  (docs: {url}/docs)", file=sys.stderr, flush=True)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     keeping = asyncio.create_task(hands.keep(stopping)) if hands else None
     asked = asyncio.create_task(stopping.wait())
