@@ -9,7 +9,7 @@ from tunesmith.data.holdout import Rows
 from tunesmith.data.render import Renderer
 from tunesmith.data.rouge import rouge_l
 from tunesmith.train.parallel import Group
-from tunesmith.train.prompts import prompt_ids
+from tunesmith.train.prompts import Prompt, prompt_ids
 from tunesmith.train.rollout import Completion, Rollouts, Wish
 from tunesmith.train.source import read_row
 
@@ -18,17 +18,8 @@ CACHE_TOKENS = 1 << 13
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    ids: Sequence[int]
+class Question(Prompt):
     reference: str
-
-    @property
-    def tokens(self) -> int:
-        return len(self.ids)
-
-    @property
-    def labels(self) -> int:
-        return 0
 
 
 @dataclass(frozen=True)
@@ -76,4 +67,4 @@ def _questions(rows: Rows, renderer: Renderer, order: Sequence[int]) -> Iterator
         row = read_row(rows, place)
         reference = asked(row).reference
         if reference:
-            yield Question(prompt_ids(renderer, row), reference)
+            yield Question(place, prompt_ids(renderer, row), reference)
