@@ -137,6 +137,7 @@ def test_every_key_is_read_by_some_task() -> None:
         ("task_type: stf", ["line', 1, 'task_type'] has to be one of sft, rl, lora, pretrain"]),
         ("task_type: [1]", ["'task_type'] has to be one of"]),
         (RL_ROWS + "algorithm: ktoo", ["line', 4, 'algorithm'] has to be one of", "'kto'?"]),
+        (RL_ROWS + "algoritm: ppo", ["'algoritm'] unknown key; did you mean 'algorithm'?"]),
         (RL_ROWS + "gamma: 1", ["'gamma'] means nothing to this algorithm; it is for simpo"]),
         (RL_ROWS + "algorithm: kto\nbatch: 1", ["step's answers: batch has to be 2 or more"]),
         (RL_ROWS + "loss: ipo\nlabel_smoothing: 0.1", ["leave it 0"]),

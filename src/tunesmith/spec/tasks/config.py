@@ -119,7 +119,8 @@ class _Reader:
             if told := task.refusal(key):
                 return f"means nothing to task_type {task.name}: {told}"
         if not elsewhere:
-            near = near_name(word[:_LONGEST], known) if len(self._faults) < MAX_FAULTS else ""
+            meant = [*known, *[ALGORITHM][: task.has_algorithms]]
+            near = near_name(word[:_LONGEST], meant) if len(self._faults) < MAX_FAULTS else ""
             return f"unknown key{near}"
         algorithms = [name for name in task.algorithms if _reads(task, name, word)]
         if algorithms:
