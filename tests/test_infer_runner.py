@@ -227,3 +227,34 @@ def test_broken_weights_end_a_sequence_with_an_error_and_not_with_nonsense(
     engine.step()
     assert engine.scheduler.is_idle
     assert [type(each) for _, each in engine._outbox] == [ServerError]
+
+
+class Kept:
+    """Keeps the rows that it is given by their positions."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+        self.rows: dict[int, torch.Tensor] = {}
+
+    def read(self, start: int, rows: torch.Tensor) -> None:
+        self.rows |= dict(enumerate(rows, start))
+
+
+@pytest.mark.parametrize("kind", ["logits", "hidden"])
+def test_a_reader_is_given_every_row_of_its_prompt(tmp_path: Path, kind: str) -> None:
+    engine = engine_of(made.model_folder(tmp_path))
+    prompts = prompts_of(3, 90)
+    readers = [Kept(kind) for _ in prompts]
+    given = iter(readers)
+    sampling = Sampling(max_tokens=0)
+    asks = [Ask(prompt, sampling, read=lambda: next(given)) for prompt in prompts]
+    stream = Stream(asks)
+    engine.scheduler.add(stream.sequences)
+    add(engine, prompts[0], 5)
+    run_all(engine)
+    net = made.network("llama")
+    for prompt, reader in zip(prompts, readers, strict=True):
+        out = net(torch.tensor([prompt]), output_hidden_states=True)
+        wanted = out.logits[0] if kind == "logits" else out.hidden_states[-1][0]
+        own = torch.stack([reader.rows[at] for at in range(len(prompt))])
+        torch.testing.assert_close(own, wanted, atol=1e-4, rtol=1e-4)

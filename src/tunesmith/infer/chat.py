@@ -113,7 +113,9 @@ class _Writer:
         self._watch = StopWatch(stops)
 
     def write(self, token: Token) -> Delta:
-        text = "" if token.finish == "stop" else self._detokenizer.push(token.id)
+        text = ""
+        if token.id is not None and token.finish != "stop":
+            text = self._detokenizer.push(token.id)
         if token.finish is not None:
             text += self._detokenizer.flush()
         text, is_stopped = self._watch.push(text)

@@ -19,7 +19,7 @@ from tunesmith.errors import ServerError, TuningAPIError
 from tunesmith.infer.runner import Runner
 from tunesmith.infer.sampler import Draw, sample
 from tunesmith.infer.scheduler import Limits, Scheduler
-from tunesmith.infer.sequence import Sequence, Token
+from tunesmith.infer.sequence import Reader, Sequence, Token
 from tunesmith.spec.chat import Sampling
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,8 @@ class Ask:
     adapter: str | None = None
     """By its public name."""
     count: int = 1
+    read: Callable[[], Reader] | None = None
+    """Makes what reads the prompt of each continuation."""
 
 
 class Stream:
@@ -135,6 +137,10 @@ class Engine:
         self._free_evicted()
         if chunks:
             logits = self.runner.forward(chunks)
+            for sequence in [each.sequence for each in chunks if each.is_last]:
+                if sequence.sampling.max_tokens == 0:
+                    logits.pop(sequence, None)
+                    self._end(sequence, Token(sequence.index, None, "length"))
             self._sample(logits)
             self.steps += 1
         self._free_evicted()
@@ -260,6 +266,7 @@ def _sequences(asks: Many[Ask], emit: Callable[[Item], None]) -> list[Sequence]:
                     emit=emit,
                     index=len(sequences),
                     stop_ids=ask.stop_ids,
+                    reader=ask.read() if ask.read else None,
                     random=Random() if seed is None else Random(f"{seed}/{choice}"),
                 )
             )

@@ -74,6 +74,17 @@ class ServedModel:
         logits_BV: Tensor = out.logits[0]
         return logits_BV.float()
 
+    def hidden(self, ids: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """One forward pass over a row of T tokens. Returns their (T, D) last hidden states."""
+        device = self._net.device
+        out = self._net.base_model(
+            input_ids=torch.tensor([ids], dtype=torch.long, device=device),
+            position_ids=torch.tensor([positions], dtype=torch.long, device=device),
+            use_cache=False,
+        )
+        hidden_TD: Tensor = out.last_hidden_state[0]
+        return hidden_TD.float()
+
     @torch.inference_mode()
     def _prove(self, path: Path, length: int) -> int:
         """Compare a prompt read in two halves with one plain pass, and set the attention.

@@ -30,7 +30,8 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, chunks: Many[Chunk]) -> dict[Sequence, Tensor]:
-        """Run the chunks and advance `computed`. Returns (V,) logits for each that is complete."""
+        """Run the chunks and advance `computed`. Returns (V,) logits for each that is complete;
+        those who want more rows are given them."""
         groups: dict[object, list[Chunk]] = defaultdict(list)
         for chunk in chunks:
             groups[self._group(chunk)].append(chunk)
@@ -49,7 +50,7 @@ class Runner:
         """What may share a forward pass: one adapter; alone where positions couple sequences."""
         if self.model.is_position_coupled:
             return chunk.sequence
-        return chunk.sequence.adapter
+        return chunk.sequence.adapter, wants_hidden(chunk.sequence)
 
     def _forward_group(self, chunks: list[Chunk]) -> dict[Sequence, Tensor]:
         ids: list[int] = []
@@ -60,13 +61,37 @@ class Runner:
             ids += chunk.sequence.tokens(chunk.start, chunk.end)
             positions += range(chunk.start, chunk.end)
             spans.append(Span(self._cache(chunk.sequence), start, len(ids), chunk.start))
-        complete = [i for i, chunk in enumerate(chunks) if chunk.is_last]
-        last = [spans[i].end - 1 for i in complete]
+        wanted = [
+            span.start + row - chunk.start
+            for chunk, span in zip(chunks, spans, strict=True)
+            for row in chunk.rows
+        ]
         with self.model.using(chunks[0].sequence.adapter), running(Step(spans)):
-            logits_BV = self.model.logits(ids, positions, last)
-        return {chunks[i].sequence: row for i, row in zip(complete, logits_BV, strict=True)}
+            if wants_hidden(chunks[0].sequence):
+                return hand_out(chunks, self.model.hidden(ids, positions))
+            return hand_out(chunks, self.model.logits(ids, positions, wanted))
 
     def _cache(self, sequence: Sequence) -> Cache:
         if sequence not in self._caches:
             self._caches[sequence] = Cache(self._block_tokens)
         return self._caches[sequence]
+
+
+def wants_hidden(sequence: Sequence) -> bool:
+    return sequence.reader is not None and sequence.reader.kind == "hidden"
+
+
+def hand_out(chunks: Many[Chunk], rows: Tensor) -> dict[Sequence, Tensor]:
+    """Give the chunks' wanted rows, one chunk's after the other's, to those who read their
+    prompts. Returns the (V,) logits of next tokens."""
+    logits: dict[Sequence, Tensor] = {}
+    end = 0
+    for chunk in chunks:
+        sequence = chunk.sequence
+        start, end = end, end + len(chunk.rows)
+        own = rows[start:end]
+        if sequence.reader is not None and sequence.wants_rows(chunk.start):
+            sequence.reader.read(chunk.start, own)
+        if chunk.is_last and not wants_hidden(sequence):
+            logits[sequence] = own[-1]
+    return logits

@@ -47,6 +47,13 @@ class Chunk:
         """Whether a token can be sampled after it."""
         return self.end == self.sequence.length
 
+    @property
+    def rows(self) -> range:
+        """Positions after which the model's output is wanted."""
+        if self.sequence.wants_rows(self.start):
+            return range(self.start, self.end)
+        return range(self.end - 1, self.end) if self.is_last else range(0)
+
 
 class Scheduler:
     """A line of waiting sequences, a set of running ones, and the room in the cache.

@@ -3,11 +3,25 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from tunesmith.spec.chat import Sampling
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Finish = Literal["stop", "length"]
+
+
+class Reader(Protocol):
+    """Takes what the model makes of a prompt, a chunk at a time, on the engine's thread."""
+
+    kind: Literal["logits", "hidden"]
+    """Logits (T, V), or the last hidden states (T, D), which no token is sampled from."""
+
+    def read(self, start: int, rows: "Tensor") -> None:
+        """The rows at positions `start` and after; again from 0 after an eviction. Rows past the
+        prompt may be among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +29,8 @@ class Token:
     """One sampled id of the `index`-th sequence of a request."""
 
     index: int
-    id: int
+    id: int | None
+    """None where nothing was to be sampled: the prompt has been read."""
     finish: Finish | None = None
     """Set on a sequence's last token only; `stop` means that the id itself is a stop token."""
 
@@ -40,6 +55,8 @@ class Sequence:
     """Leading tokens whose keys and values are in the cache."""
     blocks: int = 0
     """Cache blocks that the scheduler has promised to it."""
+    reader: Reader | None = None
+    """Wants all rows of the prompt: no part of it may come from another's cache."""
     random: Random = field(default_factory=Random)
     """Its own numbers: they outlive an eviction and owe nothing to its neighbours."""
     is_cancelled: bool = False
@@ -52,6 +69,10 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that must still go through the model before the next one can be sampled."""
         return self.length - self.computed
+
+    def wants_rows(self, start: int) -> bool:
+        """Whether a chunk that begins at `start` is wanted row by row."""
+        return self.reader is not None and start < len(self.prompt)
 
     def tokens(self, start: int, end: int) -> list[int]:
         """The ids of positions `start` to `end`, across prompt and continuation."""

@@ -24,7 +24,8 @@ class Message(Strict):
 
 
 class Sampling(Strict):
-    max_tokens: int = Field(256, ge=1, le=1 << 20)
+    max_tokens: int = Field(256, ge=0, le=1 << 20)
+    """0 reads the prompt only."""
     temperature: float = Field(1.0, ge=0, le=2)
     """0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
