@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -406,6 +407,32 @@ def test_cancelling_a_running_job_keeps_a_checkpoint_and_ends_its_process(house:
     with house.client as client:
         again = client.post(f"/jobs/{job_id}/cancel")
         assert again.status_code == 409
+
+
+def test_a_checkpoint_of_a_running_job_answers_beside_the_base_it_stands_on(house: House) -> None:
+    job_id = house.submit(num_epochs=10_000, suffix="live")
+    trainer = house.trainer(job_id)
+    house.wait_event(job_id, "step")
+    trainer.send_signal(signal.SIGUSR2)
+    step = house.wait_event(job_id, "checkpointed")["data"]["step"]
+    name = f"ft:tiny:local:live:{job_id}:ckpt-step-{step}"
+    client = openai.OpenAI(api_key="test-key-001", base_url=house.url + "/v1", timeout=120)
+    asked: Any = [{"role": "user", "content": "水"}]
+    reply = client.chat.completions.create(model=name, messages=asked, max_tokens=2)
+    assert reply.model == name
+    known = [model.id for model in client.models.list()]
+    assert {name, "models/tiny"} <= set(known)
+    assert client.models.retrieve(name).id == name
+    base = client.chat.completions.create(model="models/tiny", messages=asked, max_tokens=2)
+    assert base.choices
+    assert house.job(job_id)["status"] == "running"
+    engines = house.query("select id from engines where state = 'ready' and model_name = 'tiny'")
+    assert len(engines) == 1
+    with pytest.raises(openai.NotFoundError, match="no tuned model"):
+        client.models.retrieve(f"ft:tiny:local:live:{job_id}:ckpt-step-{step + 10**6}")
+    with house.client as http:
+        http.post(f"/jobs/{job_id}/cancel", params={"force": True})
+    house.wait_end(job_id)
 
 
 def test_a_queued_job_is_cancelled_at_once(house: House) -> None:

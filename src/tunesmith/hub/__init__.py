@@ -287,9 +287,10 @@ class Hub:
         return names.find_model(self.store, self.settings, name, who, field)
 
     def served_names(self, who: Principal) -> list[tuple[str, float, str]]:
-        """Name, when made, owner: registered models, then tuned ones, newest first."""
+        """Name, when made, owner: bases, then tuned models and checkpoints, newest first."""
         registered = self.store.read(lambda tx: catalog.list_names(tx, "model"))
         found = [(row.name, row.created_at, "tunesmith") for row in registered]
+        found += names.folders(self.settings, {row.name for row in registered})
         for line in self.lines(who, listing.Wanted([JobState.SUCCEEDED])):
             name = names.tuned_name(line)
             if name is not None:
@@ -297,7 +298,7 @@ class Hub:
                 parts = stages.names_in if is_staged else trials.names_in
                 inner = [f"{name}:{one}" for one in parts(line.artifact)]
                 found += [(one, line.finished_at or 0.0, line.owner) for one in (name, *inner)]
-        return found
+        return found + names.checkpoint_names(self.store, who)
 
     def renderer(self, folder: ModelFolder, format: str) -> Renderer:
         """The model's own renderer, or with a template of ours where it has none."""

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from tunesmith.errors import BadRequestError, NotFoundError
-from tunesmith.hub import remote, stages, trials
+from tunesmith.hub import checkpoints, remote, stages, trials
 from tunesmith.hub.cache import Snapshot
 from tunesmith.hub.folder import ModelFolder, read
 from tunesmith.hub.principal import Principal
@@ -19,6 +19,7 @@ from tunesmith.store.files import confine
 from tunesmith.store.listing import Line
 
 MAX_GENERATIONS = 16
+MAX_LISTED = 1000
 DATA_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
 
 
@@ -118,7 +119,33 @@ def tuned_name(line: Line) -> str | None:
     """
     if line.state != JobState.SUCCEEDED or line.artifact is None:
         return None
-    return f"ft:{_root_name(Path(line.model_path))}:local:{line.label or ''}:{line.id}"
+    return _spelled(line.model_path, line.label, line.id)
+
+
+def _spelled(model_path: str, label: str | None, job_id: str) -> str:
+    return f"ft:{_root_name(Path(model_path))}:local:{label or ''}:{job_id}"
+
+
+def checkpoint_names(store: Store, who: Principal) -> list[tuple[str, float, str]]:
+    """Name, when made, owner of each that is there; `find_model` knows one before this does."""
+    found = store.read(lambda tx: list(checkpoints.listed(tx, who.scope)))
+    return [
+        (
+            f"{_spelled(one.model_path, one.label, one.job_id)}:ckpt-step-{one.step}",
+            one.at,
+            one.owner,
+        )
+        for one in found
+    ]
+
+
+def folders(settings: Settings, taken: set[str]) -> list[tuple[str, float, str]]:
+    """The same of the bases in the workspace's `models`, but for those whose names are `taken`."""
+    places = sorted((settings.workspace / "models").glob("*/config.json"))[:MAX_LISTED]
+    named = [(f"models/{place.parent.name}", place) for place in places]
+    return [
+        (name, place.stat().st_mtime, "tunesmith") for name, place in named if name not in taken
+    ]
 
 
 def _root_name(path: Path) -> str:
@@ -169,7 +196,11 @@ def _tuned(store: Store, settings: Settings, name: str, who: Principal, field: s
 
 
 def _part(settings: Settings, job: Job, name: str) -> Path | None:
-    """What a job made beside its model: a configuration's adapter, or a stage on the way."""
+    """What a job made beside its model: a configuration's adapter, a stage on the way, or a
+    checkpoint."""
+    step = checkpoints.step_of(name)
+    if step is not None:
+        return checkpoints.place_of(settings.home, job.id, step)
     if job.artifact is None:
         return stages.on_the_way(settings.home, job.id, name)
     return trials.place_of(job.artifact, name) or stages.place_of(job.artifact, name)
