@@ -42,6 +42,8 @@ class Door:
         try:
             await self._guarded(scope, receive, send_numbered)
         finally:
+            if served := state.get("served"):
+                served.let_go()
             if scope["path"] not in OPEN_PATHS:
                 _log_line(scope, status, time.monotonic() - began)
 

@@ -28,8 +28,9 @@ import uvicorn
 
 from tunesmith.errors import BadRequestError, TuningAPIError
 from tunesmith.infer.adapters import is_adapter
-from tunesmith.infer.app import House, make_app
+from tunesmith.infer.app import make_app
 from tunesmith.infer.engine import Engine
+from tunesmith.infer.house import House, Served
 from tunesmith.infer.model import ServedModel, base_of, load
 from tunesmith.infer.runner import Runner
 from tunesmith.infer.scheduler import Limits
@@ -109,7 +110,8 @@ def furnish(start: Start) -> House:
         voices.add(Voice.of(name, folder, renderer_of(folder, base.renderer), name, base.name))
     limits = size_cache(model, start)
     engine = Engine(Runner(model, limits.block_tokens), limits, start.threads)
-    return House(engine, base, voices, start.model_name, start.key, start.max_body_bytes)
+    served = Served(engine, base, voices, start.model_name)
+    return House(served, start.key, start.max_body_bytes)
 
 
 def _base_name(start: Start, folder: Path) -> str:

@@ -1,0 +1,137 @@
+"""OpenAI's completions: a request's body in, the answer out, whole or as a stream."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+from urllib.parse import unquote
+
+from fastapi import FastAPI, Request, Response
+
+from tunesmith.errors import BadRequestError, TuningAPIError
+from tunesmith.infer import openai
+from tunesmith.infer.body import read_json, validate
+from tunesmith.infer.chat import Piece, ask, fit, read_messages, read_text, reply
+from tunesmith.infer.door import error_body
+from tunesmith.infer.engine import Ask
+from tunesmith.infer.house import House, Served
+from tunesmith.infer.streams import EventStream, frame, to_json, unless_gone
+from tunesmith.infer.voices import Voice
+from tunesmith.spec.chat import MODEL_HEADER
+
+
+def add_completions(app: FastAPI, house: House) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        body = await read_json(request, house.max_body_bytes)
+        return await chat(await house.take(request), request, body)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        body = await read_json(request, house.max_body_bytes)
+        return await complete(await house.take(request), request, body)
+
+
+async def chat(served: Served, request: Request, body: dict[str, Any]) -> Response:
+    openai.refuse_unsupported(body, openai.ChatRequest)
+    asked = validate(openai.ChatRequest, body)
+    voice = served.voices.get(asked.model)
+    messages = [each.message() for each in asked.messages]
+    prompt = await read_messages(voice, messages, served.engine)
+    default = openai.DEFAULT_CHAT_TOKENS
+    room = fit(prompt, asked.asked_tokens, default, served.engine, "messages")
+    asks = [ask(voice, prompt, asked.sampling(room), asked.count)]
+    return await _answer(served, request, asked, voice, asks)
+
+
+async def complete(served: Served, request: Request, body: dict[str, Any]) -> Response:
+    openai.refuse_unsupported(body, openai.CompletionRequest)
+    asked = validate(openai.CompletionRequest, body)
+    if len(asked.prompt) * asked.count > openai.MAX_SEQUENCES:
+        raise BadRequestError(
+            f"prompts times n is {len(asked.prompt) * asked.count}; at most {openai.MAX_SEQUENCES}",
+            param="n",
+        )
+    voice = served.voices.get(asked.model)
+    asks = []
+    for given in asked.prompt:
+        prompt = await _ids(served, voice, given)
+        default = openai.DEFAULT_COMPLETION_TOKENS
+        room = fit(prompt, asked.max_tokens, default, served.engine, "prompt")
+        asks.append(ask(voice, prompt, asked.sampling(room), asked.count))
+    return await _answer(served, request, asked, voice, asks)
+
+
+async def _ids(served: Served, voice: Voice, given: str | list[int]) -> list[int]:
+    if isinstance(given, str):
+        return await read_text(voice, given, served.engine)
+    vocabulary = served.engine.runner.model.shape.vocabulary
+    if given and max(given) >= vocabulary:
+        raise BadRequestError(
+            f"token id {max(given)} is not in the vocabulary of {vocabulary}", param="prompt"
+        )
+    return given
+
+
+async def _answer(
+    served: Served, request: Request, asked: openai.Options, voice: Voice, asks: list[Ask]
+) -> Response:
+    """Run the asks; whole or as a stream. The first token comes before the status does."""
+    request.state.usage = usage = openai.Usage(sum(len(each.prompt) for each in asks))
+    is_chat = isinstance(asked, openai.ChatRequest)
+    name = unquote(request.headers.get(MODEL_HEADER, "")) or asked.model
+    form = openai.Form.new(request.state.id, name, is_chat)
+    stream = await served.engine.open(asks)
+    pieces = reply(stream, voice.renderer.tokenizer)
+    try:
+        if asked.stream:
+            first = await unless_gone(request, anext(pieces))
+            return EventStream(_frames(form, first, pieces, usage, asked.has_usage_chunk))
+        return await unless_gone(request, _whole(form, pieces, len(stream.sequences), usage))
+    except BaseException:
+        stream.close()
+        raise
+
+
+async def _whole(
+    form: openai.Form, pieces: AsyncGenerator[Piece, None], count: int, usage: openai.Usage
+) -> Response:
+    texts: list[list[str]] = [[] for _ in range(count)]
+    finishes = ["stop"] * count
+    async for piece in pieces:
+        usage.completion_tokens += 1
+        texts[piece.index].append(piece.delta.text)
+        finishes[piece.index] = piece.delta.finish or "stop"
+    body = form.whole(["".join(each) for each in texts], finishes, usage)
+    return Response(to_json(body), media_type="application/json")
+
+
+async def _frames(
+    form: openai.Form,
+    first: Piece,
+    pieces: AsyncGenerator[Piece, None],
+    usage: openai.Usage,
+    has_usage_chunk: bool,
+) -> AsyncGenerator[bytes, None]:
+    """Server-sent events: a chunk for each piece of text, and what ends the stream."""
+    opened: set[int] = set()
+    async with aclosing(pieces):
+        try:
+            async for piece in _after(first, pieces):
+                usage.completion_tokens += 1
+                if form.is_chat and piece.index not in opened:
+                    opened.add(piece.index)
+                    yield frame(form.first(piece.index))
+                if piece.delta.text or piece.delta.finish:
+                    yield frame(form.piece(piece.index, piece.delta.text, piece.delta.finish))
+        except TuningAPIError as error:
+            yield frame(error_body(error))
+            return
+        if has_usage_chunk:
+            yield frame(form.usage(usage))
+        yield b"data: [DONE]\n\n"
+
+
+async def _after(first: Piece, rest: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
+    yield first
+    async for piece in rest:
+        yield piece
