@@ -2,19 +2,40 @@
 
 from collections import Counter
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 
-from tunesmith.infer.sampler import Draw, sample, shape, weaken_seen
-from tunesmith.nn.sampling import keep_top_k, keep_top_p, pick
+from tunesmith.infer.draw import Draw
+from tunesmith.infer.sampler import Score, shape, weaken_seen
+from tunesmith.infer.sampler import sample as sample_picks
+from tunesmith.nn.sampling import keep_min_p, keep_top_k, keep_top_p, pick
 from tunesmith.spec.chat import Sampling
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0])
 
 
+class Fixed(Random):
+    """Gives one number, always."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = number
+
+    def random(self) -> float:
+        return self.number
+
+
 def draw(uniform: float = 0.0, generated: tuple[int, ...] = (), **asked: object) -> Draw:
-    return Draw(Sampling.model_validate(asked), (3,), generated, uniform)
+    made = Draw(Sampling.model_validate(asked), (3,), {2}, Fixed(uniform))
+    for id_ in generated:
+        made.push(id_)
+    return made
+
+
+def sample(logits_BV: torch.Tensor, draws: list[Draw]) -> list[int | None]:
+    return [each.id for each in sample_picks(logits_BV, draws)]
 
 
 def kept(logits_BV: torch.Tensor) -> list[list[int]]:
@@ -38,6 +59,15 @@ def test_a_tiny_top_p_keeps_the_likeliest() -> None:
 def test_top_k_is_each_rows_own() -> None:
     rows = keep_top_k(LOGITS.repeat(3, 1), torch.tensor([1, 3, 0]))
     assert kept(rows) == [[0], [0, 1, 2], [0, 1, 2, 3]]
+
+
+def test_min_p_is_a_share_of_the_likeliest() -> None:
+    rows = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(3, 1)
+    assert kept(keep_min_p(rows, torch.tensor([0.55, 0.2, 0.0]))) == [
+        [0, 1],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+    ]
 
 
 def test_temperature_scales_before_the_softmax() -> None:
@@ -75,6 +105,44 @@ def test_frequency_penalty_grows_with_each_repeat() -> None:
     asked = {"temperature": 0, "frequency_penalty": 0.4}
     assert sample(row.clone(), [draw(generated=(0, 0), **asked)]) == [0]
     assert sample(row.clone(), [draw(generated=(0, 0, 0), **asked)]) == [1]
+
+
+def test_a_bias_is_added_to_its_tokens_alone() -> None:
+    rows = LOGITS.repeat(2, 1)
+    asked: Any = {"temperature": 0, "logit_bias": {3: 100, 0: -100}}
+    assert sample(rows, [draw(temperature=0, logit_bias={2: 2.5}), draw(**asked)]) == [2, 3]
+    assert rows.equal(LOGITS.repeat(2, 1))
+
+
+def test_no_stop_token_is_drawn_before_min_tokens() -> None:
+    row = torch.tensor([[0.0, 1.0, 9.0]])
+    asked: Any = {"temperature": 0, "min_tokens": 2}
+    assert sample(row, [draw(generated=(0,), **asked)]) == [1]
+    assert sample(row, [draw(generated=(0, 0), **asked)]) == [2]
+
+
+def test_a_row_of_bans_alone_still_has_a_choice() -> None:
+    row = torch.tensor([[-torch.inf, -torch.inf, 9.0]])
+    assert sample(row, [draw(0.5, min_tokens=1, temperature=1)]) == [2]
+
+
+def test_a_row_that_is_not_a_number_spoils_no_other() -> None:
+    rows = torch.tensor([[0.0, torch.nan, 1.0], [0.0, 2.0, 1.0], [torch.inf, 0.0, 0.0]])
+    assert sample(rows, [draw(0.4, temperature=1)] * 3)[::2] == [None, None]
+    assert sample(rows, [draw(temperature=0)] * 3) == [None, 1, None]
+
+
+def test_log_probabilities_are_the_models_own_whatever_is_drawn() -> None:
+    asked: Any = {"temperature": 0, "logit_bias": {3: 100}, "top_logprobs": 2}
+    rows = torch.stack([LOGITS, LOGITS + 50, LOGITS])
+    picks = sample_picks(rows, [draw(**asked), draw(top_logprobs=0), draw()])
+    told = LOGITS.log_softmax(0).tolist()
+    first = picks[0].score
+    assert first is not None
+    assert (picks[0].id, [id_ for id_, _ in first.top]) == (3, [0, 1])
+    assert [first.logprob, *(each for _, each in first.top)] == pytest.approx([told[3], *told[:2]])
+    assert picks[1].score == Score(pytest.approx(told[0], abs=1e-5), ())
+    assert picks[2].score is None
 
 
 def picked(weights_V, uniform):

@@ -285,11 +285,17 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"stream_options": 3}, "stream_options"),
     ({"logprobs": True}, "logprobs"),
     ({"top_logprobs": 3}, "top_logprobs"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"logit_bias": {"400": 1}}, "logit_bias"),
+    ({"logit_bias": {"fox": 1}}, "logit_bias.fox"),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+    ({"logit_bias": {str(n): 1 for n in range(2000)}}, "logit_bias"),
+    ({"stop_token_ids": [360]}, "stop_token_ids"),
+    ({"stop_token_ids": list(range(100))}, "stop_token_ids"),
+    ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"min_p": 0.1}, "min_p"),
+    ({"min_p": 1.1}, "min_p"),
 ]
 
 

@@ -83,7 +83,8 @@ def fit(prompt: Sequence[int], asked: int | None, default: int, engine: Engine, 
 
 
 def ask(voice: Voice, prompt: list[int], sampling: Sampling, count: int) -> Ask:
-    return Ask(prompt, sampling, voice.renderer.stop_ids, voice.adapter, count)
+    own = frozenset() if sampling.ignore_eos else voice.renderer.stop_ids
+    return Ask(prompt, sampling, own | {*sampling.stop_token_ids}, voice.adapter, count)
 
 
 async def reply(stream: Stream, tokenizer: Tokenizer) -> AsyncGenerator[Piece, None]:
@@ -91,7 +92,7 @@ async def reply(stream: Stream, tokenizer: Tokenizer) -> AsyncGenerator[Piece, N
 
     Every token brings a piece, if with empty text. Closing it closes the stream.
     """
-    writers = [_Writer(tokenizer, each.sampling.stop) for each in stream.sequences]
+    writers = [_Writer(tokenizer, each.sampling) for each in stream.sequences]
     open_ones = set(range(len(writers)))
     try:
         while open_ones:
@@ -108,9 +109,11 @@ async def reply(stream: Stream, tokenizer: Tokenizer) -> AsyncGenerator[Piece, N
 
 
 class _Writer:
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, sampling: Sampling) -> None:
         self._detokenizer = Detokenizer(tokenizer)
-        self._watch = StopWatch(stops)
+        self._watch = StopWatch(sampling.stop)
+        self._unwatched = sampling.min_tokens
+        """Tokens that come whatever they say."""
 
     def write(self, token: Token) -> Delta:
         text = ""
@@ -118,6 +121,9 @@ class _Writer:
             text = self._detokenizer.push(token.id)
         if token.finish is not None:
             text += self._detokenizer.flush()
+        self._unwatched -= 1
+        if self._unwatched >= 0 and token.finish is None:
+            return Delta(text=text, token_id=token.id)
         text, is_stopped = self._watch.push(text)
         if is_stopped:
             return Delta(text=text, token_id=token.id, finish="stop")

@@ -15,11 +15,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from tunesmith.errors import ServerError, TuningAPIError
+from tunesmith.errors import BadRequestError, ServerError, TuningAPIError
 from tunesmith.infer.runner import Runner
-from tunesmith.infer.sampler import Draw, sample
+from tunesmith.infer.sampler import Pick, sample
 from tunesmith.infer.scheduler import Limits, Scheduler
-from tunesmith.infer.sequence import Reader, Sequence, Token
+from tunesmith.infer.sequence import Finish, Reader, Sequence, Token
 from tunesmith.spec.chat import Sampling
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,8 @@ class Engine:
         Raises RateLimitError before anything runs where the line is full, NotFoundError where an
         adapter has gone.
         """
+        for ask in asks:
+            self._check_ids(ask)
         stream = Stream(asks)
         try:
             await self.call(lambda: self._add(stream))
@@ -115,6 +117,18 @@ class Engine:
             stream.close()
             raise
         return stream
+
+    def _check_ids(self, ask: Ask) -> None:
+        """Raises BadRequestError for an id beyond the vocabulary."""
+        vocabulary = self.runner.model.shape.vocabulary
+        sampling = ask.sampling
+        told = {"logit_bias": sampling.logit_bias, "stop_token_ids": sampling.stop_token_ids}
+        for param, ids in told.items():
+            if ids and max(ids) >= vocabulary:
+                raise BadRequestError(
+                    f"{param}: token id {max(ids)} is not in the vocabulary of {vocabulary}",
+                    param=param,
+                )
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Raises BadRequestError where it is no adapter of this base."""
@@ -178,36 +192,27 @@ class Engine:
         self.scheduler.add(stream.sequences)
 
     def _sample(self, logits: dict[Sequence, Tensor]) -> None:
-        rows = {each: row for each, row in logits.items() if self._is_sound(each, row)}
-        if not rows:
+        if not logits:
             return
-        draws = [
-            Draw(
-                each.sampling,
-                each.prompt,
-                each.generated,
-                each.random.random() if each.sampling.temperature > 0 else 0.0,
-            )
-            for each in rows
-        ]
-        ids = sample(torch.stack(list(rows.values())), draws)
-        for sequence, id_ in zip(rows, ids, strict=True):
-            self._append(sequence, id_)
+        picks = sample(torch.stack(list(logits.values())), [each.draw for each in logits])
+        for sequence, pick in zip(logits, picks, strict=True):
+            self._append(sequence, pick)
 
-    def _is_sound(self, sequence: Sequence, row_V: Tensor) -> bool:
-        if bool(torch.isfinite(row_V.max())):
-            return True
-        self._end(sequence, ServerError("the model's output is not a number (broken weights?)"))
-        return False
-
-    def _append(self, sequence: Sequence, id_: int) -> None:
-        sequence.generated.append(id_)
-        if id_ in sequence.stop_ids:
-            self._end(sequence, Token(sequence.index, id_, "stop"))
+    def _append(self, sequence: Sequence, pick: Pick) -> None:
+        if pick.id is None:
+            self._end(sequence, ServerError("the model's output is not a number (broken weights?)"))
+            return
+        sequence.generated.append(pick.id)
+        finish: Finish | None = None
+        if pick.id in sequence.stop_ids:
+            finish = "stop"
         elif len(sequence.generated) >= sequence.sampling.max_tokens:
-            self._end(sequence, Token(sequence.index, id_, "length"))
+            finish = "length"
+        token = Token(sequence.index, pick.id, finish, pick.score)
+        if finish:
+            self._end(sequence, token)
         else:
-            self._outbox.append((sequence, Token(sequence.index, id_)))
+            self._outbox.append((sequence, token))
 
     def _end(self, sequence: Sequence, item: Item) -> None:
         self.scheduler.finish(sequence)

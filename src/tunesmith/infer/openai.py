@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from tunesmith.errors import BadRequestError
-from tunesmith.spec.chat import MAX_TEXT, Message, Sampling
+from tunesmith.spec.chat import MAX_BIASES, MAX_TEXT, Message, Sampling
 
 MAX_MESSAGES = 2048
 MAX_PROMPTS = 64
@@ -39,6 +39,16 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _by_id(value: Any) -> Any:
+    """JSON's keys are strings: those that are ids become numbers."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or len(value) > MAX_BIASES:
+        return value
+    is_id = all(len(key) <= 10 and key.isascii() and key.isdigit() for key in value)
+    return {int(key): each for key, each in value.items()} if is_id else value
+
+
 class StreamOptions(Wire):
     include_usage: bool | None = None
 
@@ -52,11 +62,24 @@ class Options(Wire):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=1 << 20)
     """0 and -1 keep all."""
+    min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     n: int | None = Field(None, ge=1, le=16)
+    logit_bias: Annotated[
+        dict[Annotated[int, Field(ge=0, lt=1 << 31)], Annotated[float, Field(ge=-100, le=100)]],
+        Field(max_length=MAX_BIASES),
+        BeforeValidator(_by_id),
+    ] = {}
+    min_tokens: int | None = Field(None, ge=0, le=1 << 20)
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[
+        list[Annotated[int, Field(ge=0, lt=1 << 31)]],
+        Field(max_length=64),
+        BeforeValidator(_as_list),
+    ] = []
     stop: Annotated[
         list[Annotated[str, StringConstraints(min_length=1, max_length=1000)]],
         Field(max_length=16),
@@ -74,16 +97,26 @@ class Options(Wire):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling(self, max_tokens: int) -> Sampling:
+        if (self.min_tokens or 0) > max_tokens:
+            raise BadRequestError(
+                f"min_tokens is {self.min_tokens}, and at most {max_tokens} can come",
+                param="min_tokens",
+            )
         return Sampling(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=self.top_p or 1.0,
             top_k=max(self.top_k or 0, 0),
+            min_p=self.min_p or 0.0,
             repetition_penalty=self.repetition_penalty or 1.0,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             seed=self.seed,
             stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=bool(self.ignore_eos),
+            logit_bias=self.logit_bias,
+            min_tokens=self.min_tokens or 0,
         )
 
 
@@ -153,14 +186,20 @@ class CompletionRequest(Options):
         Field(min_length=1, max_length=MAX_PROMPTS),
         BeforeValidator(_as_prompts),
     ]
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _has_no_choice(self) -> Self:
+        if self.best_of not in (None, self.count):
+            raise BadRequestError(
+                f"best_of is {self.best_of} and n {self.count}: answers are not ranked, so they "
+                "must be equal; leave best_of out",
+                param="best_of",
+            )
+        return self
 
 
 _NOT_YET: Mapping[str, tuple[Any, ...]] = {
-    "logit_bias": (None, {}),
-    "min_p": (None, 0, 0.0),
-    "min_tokens": (None, 0),
-    "ignore_eos": (None, False),
-    "stop_token_ids": (None, []),
     "use_beam_search": (None, False),
 }
 """Options that are known and not served, with the values that ask for nothing."""
@@ -182,7 +221,6 @@ _NOT_YET_IN_COMPLETIONS: Mapping[str, tuple[Any, ...]] = {
     "logprobs": (None, False),
     "echo": (None, False),
     "suffix": (None, ""),
-    "best_of": (None, 1),
 }
 
 

@@ -1,55 +1,114 @@
-"""From logits to the next token id. B sequences, V vocabulary entries, N ids of one sequence."""
+"""From logits to the next token id. B sequences, V vocabulary entries, N edited logits.
 
-from collections import Counter
+The order is that of transformers: repetition penalty, then what is added (logit bias, presence
+and frequency penalties), temperature, top-k, top-p, min-p. Log-probabilities are the model's own,
+before any of it.
+"""
+
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.nn.sampling import keep_top_k, keep_top_p, pick, tempered
+from tunesmith.infer.draw import Amounts, Draw, Ids
+from tunesmith.nn.sampling import keep_min_p, keep_top_k, keep_top_p, pick, tempered
 from tunesmith.spec.chat import Sampling
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """What sampling one row needs to know of its sequence."""
+class Score:
+    """How likely the model found a token, and the likeliest ones in its place, likeliest first."""
 
-    sampling: Sampling
-    prompt: Many[int]
-    generated: Many[int]
-    uniform: float
-    """From [0, 1): the sequence's own next random number; unused where it is greedy."""
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
-def sample(logits_BV: Tensor, draws: Many[Draw]) -> list[int]:
-    """Pick the next id of each row. The logits are overwritten where a row has penalties."""
-    for row_V, draw in zip(logits_BV, draws, strict=True):
-        penalise(row_V, draw)
-    ids = logits_BV.argmax(dim=-1).tolist()
-    drawn = [i for i, draw in enumerate(draws) if draw.sampling.temperature > 0]
-    if drawn:
-        weights_BV = shape([draws[i].sampling for i in drawn], logits_BV[drawn].float())
-        uniform_B = torch.tensor([draws[i].uniform for i in drawn], dtype=torch.float64)
-        for i, id_ in zip(drawn, pick(weights_BV, uniform_B.to(weights_BV.device)), strict=True):
-            ids[i] = int(id_)
-    return [int(id_) for id_ in ids]
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """A row's next token."""
+
+    id: int | None
+    """None where the logits are not numbers."""
+    score: Score | None = None
 
 
-def penalise(logits_V: Tensor, draw: Draw) -> None:
-    """Apply the penalties that `draw` asks for to one row, in place."""
-    asked = draw.sampling
-    if asked.repetition_penalty != 1:
-        seen_N = _unique([*draw.prompt, *draw.generated], logits_V.device)
-        logits_V[seen_N] = weaken_seen(logits_V[seen_N], asked.repetition_penalty)
-    if (asked.presence_penalty or asked.frequency_penalty) and draw.generated:
-        counts = Counter(draw.generated)
-        ids_N = torch.tensor(list(counts), device=logits_V.device)
-        counts_N = torch.tensor(list(counts.values()), device=logits_V.device)
-        logits_V[ids_N] -= asked.presence_penalty + asked.frequency_penalty * counts_N
+def sample(logits_BV: Tensor, draws: Many[Draw]) -> list[Pick]:
+    """Pick the next id of each row; the logits are left alone.
+
+    Where nothing but the likeliest is asked for, that is one pass over the batch.
+    """
+    ids = likeliest(logits_BV)
+    special = [i for i, draw in enumerate(draws) if ids[i] is not None and not draw.is_plain]
+    if special:
+        chosen = _choose(logits_BV[special].float(), [draws[i] for i in special])
+        for i, id_ in zip(special, chosen, strict=True):
+            ids[i] = id_
+    scores = _scores(logits_BV, ids, draws)
+    for draw, taken in zip(draws, ids, strict=True):
+        if taken is not None:
+            draw.push(taken)
+    return [Pick(id_, scores.get(i)) for i, id_ in enumerate(ids)]
 
 
-def weaken_seen(logits_N: Tensor, penalty: float) -> Tensor:
+def likeliest(logits_BV: Tensor) -> list[int | None]:
+    """Each row's likeliest id, None where its logits are not numbers."""
+    best = logits_BV.max(dim=-1)
+    is_sound_B = best.values.isfinite()
+    return [
+        id_ if is_sound else None
+        for id_, is_sound in zip(best.indices.tolist(), is_sound_B.tolist(), strict=True)
+    ]
+
+
+def _scores(logits_BV: Tensor, ids: Many[int | None], draws: Many[Draw]) -> dict[int, Score]:
+    """By their rows, of those who ask for log-probabilities."""
+    tops = [
+        None if id_ is None else draw.sampling.top_logprobs
+        for id_, draw in zip(ids, draws, strict=True)
+    ]
+    wanted = {i: top for i, top in enumerate(tops) if top is not None}
+    if not wanted:
+        return {}
+    rows = list(wanted)
+    found = score(logits_BV[rows], [ids[i] or 0 for i in rows], list(wanted.values()))
+    return dict(zip(rows, found, strict=True))
+
+
+def _choose(logits_BV: Tensor, draws: Many[Draw]) -> list[int]:
+    """The ids of rows that ask for more than the likeliest. The logits are overwritten."""
+    edit(logits_BV, draws)
+    drawn = [i for i, draw in enumerate(draws) if not draw.is_greedy]
+    if not drawn:
+        return [int(id_) for id_ in logits_BV.argmax(dim=-1).tolist()]
+    weights_BV = shape([draws[i].sampling for i in drawn], logits_BV[drawn])
+    uniform_B = torch.tensor([draws[i].uniform() for i in drawn], dtype=torch.float64)
+    picked_B = pick(weights_BV, uniform_B.to(weights_BV.device))
+    if len(drawn) == len(draws):
+        return [int(id_) for id_ in picked_B.tolist()]
+    ids_B = logits_BV.argmax(dim=-1)
+    ids_B[drawn] = picked_B
+    return [int(id_) for id_ in ids_B.tolist()]
+
+
+def edit(logits_BV: Tensor, draws: Many[Draw]) -> None:
+    """Apply penalties, biases and bans to the rows that ask for them, in place and all at once."""
+    seen = [(i, ids) for i, draw in enumerate(draws) if (ids := draw.seen) is not None]
+    if seen:
+        penalties: list[Amounts] = [
+            np.full(len(ids), draws[i].sampling.repetition_penalty, np.float32) for i, ids in seen
+        ]
+        at = _places(seen, logits_BV.device)
+        logits_BV[at] = weaken_seen(logits_BV[at], _tensor(penalties, logits_BV))
+    added = [(i, *columns) for i, draw in enumerate(draws) for columns in draw.additions()]
+    if added:
+        at = _places([(i, ids) for i, ids, _ in added], logits_BV.device)
+        amounts_N = _tensor([amounts for _, _, amounts in added], logits_BV)
+        logits_BV.index_put_(at, amounts_N, accumulate=True)
+
+
+def weaken_seen(logits_N: Tensor, penalty: float | Tensor) -> Tensor:
     """Divide positive logits by `penalty`, multiply negative ones by it.
 
     Expects the logits of every token of prompt and continuation, each once.
@@ -61,18 +120,41 @@ def weaken_seen(logits_N: Tensor, penalty: float) -> Tensor:
 
 
 def shape(samplings: Many[Sampling], logits_BV: Tensor) -> Tensor:
-    """Temperature, then top-k, then top-p. Returns (B, V) probabilities; rows sum to 1."""
-    columns = [(each.temperature, each.top_k, each.top_p) for each in samplings]
-    temperature_B1, top_k_B1, top_p_B1 = torch.tensor(
+    """Temperature, then top-k, top-p and min-p. Returns (B, V) probabilities; rows sum to 1."""
+    columns = [(each.temperature, each.top_k, each.top_p, each.min_p) for each in samplings]
+    temperature_B1, top_k_B1, top_p_B1, min_p_B1 = torch.tensor(
         columns, dtype=torch.float64, device=logits_BV.device
     ).T.unsqueeze(-1)
     logits_BV = tempered(logits_BV, temperature_B1)
-    if any(0 < k < logits_BV.shape[-1] for _, k, _ in columns):
+    if any(0 < k < logits_BV.shape[-1] for _, k, _, _ in columns):
         logits_BV = keep_top_k(logits_BV, top_k_B1.squeeze(-1).long())
-    if any(p < 1 for _, _, p in columns):
+    if any(p < 1 for _, _, p, _ in columns):
         logits_BV = keep_top_p(logits_BV, top_p_B1.squeeze(-1))
+    if any(p > 0 for _, _, _, p in columns):
+        logits_BV = keep_min_p(logits_BV, min_p_B1.squeeze(-1))
     return logits_BV.softmax(dim=-1)
 
 
-def _unique(ids: Many[int], device: torch.device) -> Tensor:
-    return torch.tensor(sorted(set(ids)), dtype=torch.long, device=device)
+def score(logits_BV: Tensor, ids: Many[int], tops: Many[int]) -> list[Score]:
+    """What the model gave to each row's id, and each row's `tops` likeliest."""
+    logits_BV = logits_BV.float()
+    total_B1 = logits_BV.logsumexp(dim=-1, keepdim=True)
+    own_B1 = torch.tensor(ids, device=logits_BV.device)[:, None]
+    own = (logits_BV.gather(-1, own_B1) - total_B1)[:, 0].tolist()
+    most = min(max(tops, default=0), logits_BV.shape[-1])
+    best = logits_BV.topk(most, dim=-1)
+    best_ids, best_logprobs = best.indices.tolist(), (best.values - total_B1).tolist()
+    return [
+        Score(own[i], tuple(zip(best_ids[i][:top], best_logprobs[i][:top], strict=True)))
+        for i, top in enumerate(tops)
+    ]
+
+
+def _places(found: Many[tuple[int, Ids]], device: torch.device) -> tuple[Tensor, Tensor]:
+    rows = np.repeat([i for i, _ in found], [len(ids) for _, ids in found])
+    ids = np.concatenate([ids for _, ids in found])
+    return torch.from_numpy(rows).to(device), torch.from_numpy(ids).to(device)
+
+
+def _tensor(parts: Many[Amounts], like: Tensor) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts)).to(like)

@@ -5,10 +5,13 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from tunesmith.infer.draw import Draw
 from tunesmith.spec.chat import Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from tunesmith.infer.sampler import Score
 
 Finish = Literal["stop", "length"]
 
@@ -33,6 +36,8 @@ class Token:
     """None where nothing was to be sampled: the prompt has been read."""
     finish: Finish | None = None
     """Set on a sequence's last token only; `stop` means that the id itself is a stop token."""
+    score: "Score | None" = None
+    """Where log-probabilities were asked for."""
 
 
 @dataclass(eq=False, slots=True)
@@ -59,7 +64,11 @@ class Sequence:
     """Wants all rows of the prompt: no part of it may come from another's cache."""
     random: Random = field(default_factory=Random)
     """Its own numbers: they outlive an eviction and owe nothing to its neighbours."""
+    draw: Draw = field(init=False)
     is_cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self.draw = Draw(self.sampling, self.prompt, self.stop_ids, self.random)
 
     @property
     def length(self) -> int:
