@@ -1,11 +1,9 @@
-"""The engine's HTTP surface: OpenAI's routes, health, and adapters by name."""
+"""The engine's HTTP surface: the inference contract, OpenAI's routes, adapters by name."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import torch
 from fastapi import FastAPI, Request
 
 from tunesmith.infer import faults
@@ -13,6 +11,7 @@ from tunesmith.infer.completions import add_completions
 from tunesmith.infer.door import Door
 from tunesmith.infer.house import House
 from tunesmith.infer.lora import add_adapters
+from tunesmith.infer.routes import add_contract
 
 
 def make_app(house: House) -> FastAPI:
@@ -20,7 +19,7 @@ def make_app(house: House) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        house.open(asyncio.get_running_loop())
+        house.open()
         yield
         house.close()
 
@@ -28,6 +27,7 @@ def make_app(house: House) -> FastAPI:
     app.add_middleware(Door, key=house.key)
     faults.install(app)
     add_completions(app, house)
+    add_contract(app, house)
     add_adapters(app, house)
     _add_descriptions(app, house)
     return app
@@ -52,23 +52,6 @@ def _add_descriptions(app: FastAPI, house: House) -> None:
             "cache_blocks": served.engine.limits.blocks,
         }
 
-    @app.get("/model_info")
-    async def model_info(request: Request) -> dict[str, Any]:
-        served = await house.take(request)
-        shape = served.engine.runner.model.shape
-        return {
-            "model_name": served.model_name,
-            "model_path": str(served.voices.get(served.model_name).folder),
-            "device": shape.device,
-            "gpu_memory_allocated": gigabytes(torch.cuda.memory_allocated()),
-            "gpu_memory_reserved": gigabytes(torch.cuda.memory_reserved()),
-            "quantization": None,
-            "dtype": shape.dtype,
-            "parameters": shape.parameters,
-            "context_length": served.engine.context_length,
-            "adapters": [each.name for each in served.voices.all() if each.adapter],
-        }
-
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         if house.served is None:
@@ -81,7 +64,3 @@ def _add_descriptions(app: FastAPI, house: House) -> None:
     async def model(name: str, request: Request) -> dict[str, Any]:
         served = await house.take(request)
         return served.voices.get(name).wire(served.engine.context_length)
-
-
-def gigabytes(count: int) -> str:
-    return f"{count / 2**30:.2f} GB"

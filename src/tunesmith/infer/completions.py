@@ -38,7 +38,7 @@ async def chat(served: Served, request: Request, body: dict[str, Any]) -> Respon
     messages = [each.message() for each in asked.messages]
     prompt = await read_messages(voice, messages, served.engine)
     default = openai.DEFAULT_CHAT_TOKENS
-    room = fit(prompt, asked.asked_tokens, default, served.engine, "messages")
+    room = fit(prompt, *_wanted(asked, asked.asked_tokens, default), served.engine, "messages")
     asks = [ask(voice, prompt, asked.sampling(room), asked.count)]
     return await _answer(served, request, asked, voice, asks)
 
@@ -56,9 +56,14 @@ async def complete(served: Served, request: Request, body: dict[str, Any]) -> Re
     for given in asked.prompt:
         prompt = await _ids(served, voice, given)
         default = openai.DEFAULT_COMPLETION_TOKENS
-        room = fit(prompt, asked.max_tokens, default, served.engine, "prompt")
+        room = fit(prompt, *_wanted(asked, asked.max_tokens, default), served.engine, "prompt")
         asks.append(ask(voice, prompt, asked.sampling(room), asked.count))
     return await _answer(served, request, asked, voice, asks)
+
+
+def _wanted(asked: openai.Options, tokens: int | None, default: int) -> tuple[int | None, int]:
+    """Tokens that must fit into the context, and how many are wanted where none must."""
+    return (None, tokens or default) if asked.x_fit_tokens else (tokens, default)
 
 
 async def _ids(served: Served, voice: Voice, given: str | list[int]) -> list[int]:

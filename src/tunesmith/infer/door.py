@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunesmith.errors import AuthenticationError, TuningAPIError
+from tunesmith.infer import contract
 
 log = logging.getLogger(__name__)
 OPEN_PATHS = {"/health"}
@@ -50,7 +51,7 @@ class Door:
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._key and scope["path"] not in OPEN_PATHS and not self._is_allowed(scope):
             error = AuthenticationError("send the engine's key as Authorization: Bearer <key>")
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -70,16 +71,18 @@ def error_body(error: TuningAPIError) -> dict[str, Any]:
     return {"error": shown}
 
 
-def error_response(error: TuningAPIError) -> JSONResponse:
-    """OpenAI's shape; a 422 of ours is a 400 there."""
-    status = 400 if error.status_code == 422 else error.status_code
+def error_response(error: TuningAPIError, path: str = "") -> JSONResponse:
+    """OpenAI's shape, where a 422 of ours is a 400; the inference contract's on its paths."""
+    is_contract = path in contract.PATHS
+    status = 400 if error.status_code == 422 and not is_contract else error.status_code
     headers = {}
     retry_after = getattr(error, "retry_after", None)
     if retry_after is not None:
         headers["retry-after"] = str(max(1, round(retry_after)))
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(error_body(error), status, headers)
+    body = {"detail": error.message} if is_contract else error_body(error)
+    return JSONResponse(body, status, headers)
 
 
 def _log_line(scope: Scope, status: int, seconds: float) -> None:

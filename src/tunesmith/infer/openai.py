@@ -87,6 +87,8 @@ class Options(Wire):
     ] = []
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    x_fit_tokens: bool | None = None
+    """Fewer than `max_tokens` are as good, where the context ends."""
 
     @property
     def count(self) -> int:

@@ -27,19 +27,13 @@ import transformers
 import uvicorn
 
 from tunesmith.errors import BadRequestError, TuningAPIError
-from tunesmith.infer.adapters import is_adapter
 from tunesmith.infer.app import make_app
-from tunesmith.infer.engine import Engine
-from tunesmith.infer.house import House, Served
-from tunesmith.infer.model import ServedModel, base_of, load
-from tunesmith.infer.runner import Runner
+from tunesmith.infer.house import House
+from tunesmith.infer.loading import PRECISIONS, Loader, Wanted
 from tunesmith.infer.scheduler import Limits
-from tunesmith.infer.voices import Voice, Voices, renderer_of
 
 log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
-_CACHE_SHARE = 4
-"""A fourth of the memory that is free at the start is the default for the cache."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +53,7 @@ class Start:
     max_body_bytes: int
     grace_seconds: int
     adapters: dict[str, Path]
+    precision: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,45 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def furnish(start: Start) -> House:
     """Load the model and its adapters, and size the cache. Raises BadRequestError and others."""
-    model = load(start.model, start.model_name, start.device)
-    is_tuned = is_adapter(start.model)
-    base_folder = base_of(start.model) if is_tuned else start.model
-    renderer = renderer_of(start.model)
-    base = Voice.of(
-        name=_base_name(start, base_folder) if is_tuned else start.model_name,
-        folder=base_folder,
-        renderer=renderer_of(base_folder, renderer),
+    loader = Loader(
+        device=start.device,
+        threads=start.threads,
+        cache_bytes=start.cache_bytes,
+        running=start.running,
+        waiting=start.waiting,
     )
-    voices = Voices(base)
-    if is_tuned:
-        voices.add(Voice.of(start.model_name, start.model, renderer, start.model_name, base.name))
-    for name, folder in start.adapters.items():
-        if name in voices:
-            raise BadRequestError(f"two models are named {name!r}")
-        model.adapters.load(name, folder)
-        voices.add(Voice.of(name, folder, renderer_of(folder, base.renderer), name, base.name))
-    limits = size_cache(model, start)
-    engine = Engine(Runner(model, limits.block_tokens), limits, start.threads)
-    served = Served(engine, base, voices, start.model_name)
-    return House(served, start.key, start.max_body_bytes)
-
-
-def _base_name(start: Start, folder: Path) -> str:
-    return folder.name if folder.name != start.model_name else f"{folder.name} (base)"
-
-
-def size_cache(model: ServedModel, start: Start) -> Limits:
-    """As many blocks as the budget holds, and no more than all places could ever fill."""
-    shape, block = model.shape, Limits.block_tokens
-    budget = start.cache_bytes or _free_bytes(shape.device) // _CACHE_SHARE
-    most = start.running * -(-shape.context_length // block)
-    blocks = min(budget // (shape.cache_bytes_per_token * block), most)
-    if blocks < 1:
-        raise BadRequestError(
-            f"a cache of {budget} bytes holds no {block} tokens of this model; "
-            f"give --cache-bytes at least {shape.cache_bytes_per_token * block}"
-        )
-    return Limits(running=start.running, waiting=start.waiting, blocks=blocks)
+    wanted = Wanted(start.model, start.model_name, start.precision, start.adapters)
+    return House(loader(wanted), loader, start.key, start.max_body_bytes)
 
 
 class _Server(uvicorn.Server):
@@ -203,18 +168,6 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _free_bytes(device: str) -> int:
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info()[0])
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 4 << 30
-
-
 def _start(options: argparse.Namespace) -> Start:
     key = os.environ.get(options.key_env, "") if options.key_env else ""
     if options.key_env and not key:
@@ -234,6 +187,7 @@ def _start(options: argparse.Namespace) -> Start:
         max_body_bytes=options.max_body_bytes,
         grace_seconds=options.grace_seconds,
         adapters=dict(_named(each) for each in options.adapter),
+        precision=options.precision,
     )
 
 
@@ -253,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--key-env", default="", help="environment variable with the bearer key")
     parser.add_argument("--threads", type=_between(1, 4096), default=os.cpu_count() or 1)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--cache-bytes", type=_between(0, 1 << 50), default=0, help="0: by memory")
     parser.add_argument("--max-running", type=_between(1, 4096), default=Limits.running)

@@ -25,10 +25,10 @@ class EventStream(StreamingResponse):
     def __init__(self, source: AsyncGenerator[bytes, None]) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(source, media_type="text/event-stream", headers=headers)
-        self._source = source
+        self.source = source
 
     async def stream_response(self, send: Send) -> None:
-        async with aclosing(self._source):
+        async with aclosing(self.source):
             await super().stream_response(send)
 
 
