@@ -88,3 +88,63 @@ def test_best_of_more_than_n_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         complete(client, n=2, best_of=3)
     assert caught.value.param == "best_of"
+
+
+def told(entries: list[Any]) -> list[tuple[str, float]]:
+    return [(each.token, round(each.logprob, 4)) for each in entries]
+
+
+def test_log_probabilities_of_a_chat_are_those_of_its_text(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"logprobs": True, "top_logprobs": 3, "max_tokens": 40, "seed": 5}
+    whole = chat(client, temperature=1, **asked).choices[0]
+    entries = whole.logprobs.content
+    said = b"".join(bytes(each.bytes) for each in entries)
+    assert said.decode(errors="replace").startswith(whole.message.content.rstrip("\ufffd"))
+    assert all(len(each.top_logprobs) == 3 for each in entries)
+    assert all(each.top_logprobs[0].logprob >= each.logprob for each in entries)
+    chunks = list(chat(client, temperature=1, stream=True, **asked))
+    streamed = [c.choices[0].logprobs.content for c in chunks if c.choices[0].logprobs]
+    assert told([each for part in streamed for each in part]) == told(entries)
+
+
+def test_log_probabilities_end_where_a_stop_string_begins(client: openai.OpenAI) -> None:
+    whole = complete(client, max_tokens=30, temperature=1, seed=3).choices[0].text
+    stop = whole[10:12]
+    asked: dict[str, Any] = {"max_tokens": 30, "temperature": 1, "seed": 3, "logprobs": 0}
+    cut = complete(client, stop=stop, **asked).choices[0]
+    assert cut.text == whole[: whole.index(stop)]
+    assert cut.logprobs.text_offset[-1] < len(cut.text)
+    assert complete(client, **asked).choices[0].logprobs.text_offset[-1] > len(cut.text)
+
+
+def test_an_echoed_prompt_is_as_likely_as_when_it_was_said(client: openai.OpenAI) -> None:
+    ids = made.tokenizer().encode("the quick").ids
+    letters = {str(made.tokenizer().encode(each).ids[0]): 60 for each in "xyzuvw"}
+    said = complete(client, prompt=ids, logprobs=2, logit_bias=letters).choices[0]
+    spoken = [made.tokenizer().encode(each).ids[0] for each in said.logprobs.tokens]
+    again = complete(client, prompt=ids + spoken, echo=True, logprobs=2, max_tokens=0).choices[0]
+    scores = again.logprobs
+    assert (again.text, again.finish_reason) == ("the quick" + said.text, "length")
+    assert (scores.token_logprobs[0], scores.top_logprobs[0]) == (None, None)
+    assert scores.token_logprobs[-8:] == pytest.approx(said.logprobs.token_logprobs, abs=0.05)
+    places = zip(scores.tokens, scores.text_offset, strict=True)
+    assert all(again.text[at:].startswith(token) for token, at in places)
+
+
+def test_an_echo_comes_before_what_is_streamed(client: openai.OpenAI) -> None:
+    chunks = complete(
+        client,
+        prompt=["a b", "c d"],
+        echo=True,
+        n=2,
+        logprobs=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    texts, tokens = [""] * 4, [0] * 4
+    for chunk in chunks:
+        choice = chunk.choices[0]
+        texts[choice.index] += choice.text
+        tokens[choice.index] += len(choice.logprobs.tokens) if choice.logprobs else 0
+    assert [text[:3] for text in texts] == ["a b", "a b", "c d", "c d"]
+    assert tokens == [8 + len(made.tokenizer().encode("a b").ids)] * 4

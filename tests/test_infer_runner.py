@@ -12,6 +12,7 @@ from peft import PeftModel
 import infer_fixtures as made
 from tunesmith.errors import BadRequestError, ServerError
 from tunesmith.infer.engine import Ask, Engine, Stream
+from tunesmith.infer.logprobs import PromptScores
 from tunesmith.infer.model import ServedModel
 from tunesmith.infer.runner import Runner
 from tunesmith.infer.scheduler import Limits
@@ -238,6 +239,23 @@ class Kept:
 
     def read(self, start: int, rows: torch.Tensor) -> None:
         self.rows |= dict(enumerate(rows, start))
+
+
+def test_a_prompt_is_as_likely_as_transformers_finds_it(tmp_path: Path) -> None:
+    engine = engine_of(made.model_folder(tmp_path))
+    prompt = prompts_of(1, 200, seed=4)[0]
+    scores = PromptScores(prompt, 2)
+    stream = Stream([Ask(prompt, Sampling(max_tokens=1), read=lambda: scores)])
+    engine.scheduler.add(stream.sequences)
+    run_all(engine)
+    logprobs = made.network("llama")(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    expected = logprobs[range(len(prompt) - 1), prompt[1:]]
+    own = [each.logprob for each in scores.scores if each]
+    torch.testing.assert_close(torch.tensor(own), expected, atol=1e-4, rtol=1e-4)
+    best = [each.top[0][0] for each in scores.scores if each]
+    assert best == logprobs[:-1].argmax(-1).tolist()
+    scores.read(0, logprobs)
+    assert len(scores.scores) == len(prompt)
 
 
 @pytest.mark.parametrize("kind", ["logits", "hidden"])

@@ -283,8 +283,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"stop": [""]}, "stop.0"),
     ({"stop": "x" * 1001}, "stop.0"),
     ({"stream_options": 3}, "stream_options"),
-    ({"logprobs": True}, "logprobs"),
-    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"top_logprobs": 3}, "logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logit_bias": {"400": 1}}, "logit_bias"),
     ({"logit_bias": {"fox": 1}}, "logit_bias.fox"),
     ({"logit_bias": {"5": 101}}, "logit_bias.5"),
@@ -319,9 +319,9 @@ def test_a_value_out_of_bounds_or_an_option_not_served_is_named(
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
 
 
-@pytest.mark.parametrize("param", ["echo", "suffix", "best_of", "logprobs", "prompt"])
+@pytest.mark.parametrize("param", ["max_tokens", "suffix", "best_of", "logprobs", "prompt"])
 def test_options_of_plain_completions_not_served_are_named(http: httpx2.Client, param: str) -> None:
-    odd = {"echo": True, "suffix": "s", "best_of": 3, "logprobs": 0, "prompt": [400]}[param]
+    odd = {"max_tokens": 0, "suffix": "s", "best_of": 3, "logprobs": 21, "prompt": [400]}[param]
     reply = http.post("/v1/completions", json={"model": "tiny", "prompt": "a", param: odd})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
 

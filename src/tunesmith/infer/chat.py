@@ -9,10 +9,10 @@ from typing import TypeVar
 from tokenizers import Tokenizer
 
 from tunesmith.errors import BadRequestError
-from tunesmith.infer.detokenize import Detokenizer, StopWatch
 from tunesmith.infer.engine import Ask, Engine, Stream
-from tunesmith.infer.sequence import Token
+from tunesmith.infer.logprobs import Said
 from tunesmith.infer.voices import Voice
+from tunesmith.infer.writer import Writer
 from tunesmith.spec.chat import Delta, Message, Sampling
 
 T = TypeVar("T")
@@ -31,6 +31,8 @@ class Piece:
 
     index: int
     delta: Delta
+    said: tuple[Said, ...] = ()
+    """The tokens whose text begins in it, where log-probabilities were asked for."""
 
 
 async def read_messages(voice: Voice, messages: Sequence[Message], engine: Engine) -> list[int]:
@@ -38,13 +40,13 @@ async def read_messages(voice: Voice, messages: Sequence[Message], engine: Engin
     characters = sum(len(each.content or "") for each in messages)
     refuse_hopeless(voice, characters, engine, "messages")
     size = characters + _MESSAGE_COST * len(messages)
-    return await _off_loop(size, lambda: list(voice.renderer.prompt_ids(messages)))
+    return await off_loop(size, lambda: list(voice.renderer.prompt_ids(messages)))
 
 
 async def read_text(voice: Voice, text: str, engine: Engine) -> list[int]:
     """The ids of a plain prompt."""
     refuse_hopeless(voice, len(text), engine, "prompt")
-    return await _off_loop(len(text), lambda: list(voice.renderer.encode_text(text)))
+    return await off_loop(len(text), lambda: list(voice.renderer.encode_text(text)))
 
 
 def refuse_hopeless(voice: Voice, characters: int, engine: Engine, param: str) -> None:
@@ -72,14 +74,14 @@ def fit(prompt: Sequence[int], asked: int | None, default: int, engine: Engine, 
     room = limit - len(prompt)
     if not prompt:
         raise BadRequestError("the prompt has no tokens; give at least one", param=param)
-    if room < (asked or 1):
+    if room < (1 if asked is None else asked):
         wanted = f" and asks for {asked} more" if asked else ", which leaves no room for an answer"
         raise BadRequestError(
             f"the context holds {limit} tokens; the prompt has {len(prompt)}{wanted}",
             error_code="context_length_exceeded",
             param=param,
         )
-    return asked or min(default, room)
+    return min(default, room) if asked is None else asked
 
 
 def ask(voice: Voice, prompt: list[int], sampling: Sampling, count: int) -> Ask:
@@ -92,47 +94,23 @@ async def reply(stream: Stream, tokenizer: Tokenizer) -> AsyncGenerator[Piece, N
 
     Every token brings a piece, if with empty text. Closing it closes the stream.
     """
-    writers = [_Writer(tokenizer, each.sampling) for each in stream.sequences]
+    writers = [Writer(tokenizer, each.sampling) for each in stream.sequences]
     open_ones = set(range(len(writers)))
     try:
         while open_ones:
             token = await stream.next()
             if token.index not in open_ones:
                 continue
-            delta = writers[token.index].write(token)
+            delta, said = writers[token.index].write(token)
             if delta.finish is not None:
                 open_ones.discard(token.index)
                 stream.drop(token.index)
-            yield Piece(token.index, delta)
+            yield Piece(token.index, delta, said)
     finally:
         stream.close()
 
 
-class _Writer:
-    def __init__(self, tokenizer: Tokenizer, sampling: Sampling) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
-        self._watch = StopWatch(sampling.stop)
-        self._unwatched = sampling.min_tokens
-        """Tokens that come whatever they say."""
-
-    def write(self, token: Token) -> Delta:
-        text = ""
-        if token.id is not None and token.finish != "stop":
-            text = self._detokenizer.push(token.id)
-        if token.finish is not None:
-            text += self._detokenizer.flush()
-        self._unwatched -= 1
-        if self._unwatched >= 0 and token.finish is None:
-            return Delta(text=text, token_id=token.id)
-        text, is_stopped = self._watch.push(text)
-        if is_stopped:
-            return Delta(text=text, token_id=token.id, finish="stop")
-        if token.finish is not None:
-            text += self._watch.flush()
-        return Delta(text=text, token_id=token.id, finish=token.finish)
-
-
-async def _off_loop(size: int, work: Callable[[], T]) -> T:
+async def off_loop(size: int, work: Callable[[], T]) -> T:
     if size <= _SHORT_TEXT:
         return work()
     return await asyncio.get_running_loop().run_in_executor(_readers, work)

@@ -1,7 +1,9 @@
 """OpenAI's completions: a request's body in, the answer out, whole or as a stream."""
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -9,11 +11,15 @@ from fastapi import FastAPI, Request, Response
 
 from tunesmith.errors import BadRequestError, TuningAPIError
 from tunesmith.infer import openai
+from tunesmith.infer.answers import Choice, Form, Usage
 from tunesmith.infer.body import read_json, validate
-from tunesmith.infer.chat import Piece, ask, fit, read_messages, read_text, reply
+from tunesmith.infer.chat import Piece, ask, fit, off_loop, read_messages, read_text, reply
 from tunesmith.infer.door import error_body
+from tunesmith.infer.echo import Echo, echoed, spell
 from tunesmith.infer.engine import Ask
 from tunesmith.infer.house import House, Served
+from tunesmith.infer.lexicon import lexicon_of
+from tunesmith.infer.logprobs import PromptScores
 from tunesmith.infer.streams import EventStream, frame, to_json, unless_gone
 from tunesmith.infer.voices import Voice
 from tunesmith.spec.chat import MODEL_HEADER
@@ -52,13 +58,17 @@ async def complete(served: Served, request: Request, body: dict[str, Any]) -> Re
             param="n",
         )
     voice = served.voices.get(asked.model)
-    asks = []
+    asks: list[Ask] = []
+    echoes: list[Echo] = []
     for given in asked.prompt:
         prompt = await _ids(served, voice, given)
         default = openai.DEFAULT_COMPLETION_TOKENS
         room = fit(prompt, *_wanted(asked, asked.max_tokens, default), served.engine, "prompt")
-        asks.append(ask(voice, prompt, asked.sampling(room), asked.count))
-    return await _answer(served, request, asked, voice, asks)
+        plain = ask(voice, prompt, asked.sampling(room), asked.count)
+        asks.append(replace(plain, read=_scores_of(prompt, asked)))
+        if asked.echo:
+            echoes += [await _echo(voice, given, prompt, asked)] * asked.count
+    return await _answer(served, request, asked, voice, asks, echoes)
 
 
 def _wanted(asked: openai.Options, tokens: int | None, default: int) -> tuple[int | None, int]:
@@ -77,16 +87,38 @@ async def _ids(served: Served, voice: Voice, given: str | list[int]) -> list[int
     return given
 
 
+def _scores_of(
+    prompt: list[int], asked: openai.CompletionRequest
+) -> Callable[[], PromptScores] | None:
+    top = asked.top_count
+    if not asked.echo or top is None:
+        return None
+    return lambda: PromptScores(prompt, top)
+
+
+async def _echo(
+    voice: Voice, given: str | list[int], ids: list[int], asked: openai.CompletionRequest
+) -> Echo:
+    if isinstance(given, str) and asked.top_count is None:
+        return Echo(given)
+    return await off_loop(len(ids), lambda: spell(voice.renderer.tokenizer, ids))
+
+
 async def _answer(
-    served: Served, request: Request, asked: openai.Options, voice: Voice, asks: list[Ask]
+    served: Served,
+    request: Request,
+    asked: openai.Options,
+    voice: Voice,
+    asks: list[Ask],
+    echoes: Sequence[Echo] = (),
 ) -> Response:
     """Run the asks; whole or as a stream. The first token comes before the status does."""
-    request.state.usage = usage = openai.Usage(sum(len(each.prompt) for each in asks))
-    is_chat = isinstance(asked, openai.ChatRequest)
-    name = unquote(request.headers.get(MODEL_HEADER, "")) or asked.model
-    form = openai.Form.new(request.state.id, name, is_chat)
+    request.state.usage = usage = Usage(sum(len(each.prompt) for each in asks))
+    form = await _form(served, request, asked, voice)
     stream = await served.engine.open(asks)
     pieces = reply(stream, voice.renderer.tokenizer)
+    if echoes:
+        pieces = echoed(pieces, stream, echoes)
     try:
         if asked.stream:
             first = await unless_gone(request, anext(pieces))
@@ -97,24 +129,30 @@ async def _answer(
         raise
 
 
+async def _form(served: Served, request: Request, asked: openai.Options, voice: Voice) -> Form:
+    lexicon = None
+    if asked.top_count is not None:
+        vocabulary = served.engine.runner.model.shape.vocabulary
+        lexicon = await asyncio.to_thread(lexicon_of, voice.renderer, vocabulary)
+    name = unquote(request.headers.get(MODEL_HEADER, "")) or asked.model
+    return Form.new(request.state.id, name, isinstance(asked, openai.ChatRequest), lexicon)
+
+
 async def _whole(
-    form: openai.Form, pieces: AsyncGenerator[Piece, None], count: int, usage: openai.Usage
+    form: Form, pieces: AsyncGenerator[Piece, None], count: int, usage: Usage
 ) -> Response:
-    texts: list[list[str]] = [[] for _ in range(count)]
-    finishes = ["stop"] * count
+    choices = [Choice() for _ in range(count)]
     async for piece in pieces:
-        usage.completion_tokens += 1
-        texts[piece.index].append(piece.delta.text)
-        finishes[piece.index] = piece.delta.finish or "stop"
-    body = form.whole(["".join(each) for each in texts], finishes, usage)
-    return Response(to_json(body), media_type="application/json")
+        usage.count(piece.delta)
+        choices[piece.index].add(piece.delta.text, piece.said, piece.delta.finish)
+    return Response(to_json(form.whole(choices, usage)), media_type="application/json")
 
 
 async def _frames(
-    form: openai.Form,
+    form: Form,
     first: Piece,
     pieces: AsyncGenerator[Piece, None],
-    usage: openai.Usage,
+    usage: Usage,
     has_usage_chunk: bool,
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events: a chunk for each piece of text, and what ends the stream."""
@@ -122,12 +160,13 @@ async def _frames(
     async with aclosing(pieces):
         try:
             async for piece in _after(first, pieces):
-                usage.completion_tokens += 1
+                delta = piece.delta
+                usage.count(delta)
                 if form.is_chat and piece.index not in opened:
                     opened.add(piece.index)
                     yield frame(form.first(piece.index))
-                if piece.delta.text or piece.delta.finish:
-                    yield frame(form.piece(piece.index, piece.delta.text, piece.delta.finish))
+                if delta.text or delta.finish:
+                    yield frame(form.piece(piece.index, delta.text, delta.finish, piece.said))
         except TuningAPIError as error:
             yield frame(error_body(error))
             return

@@ -1,8 +1,6 @@
 """OpenAI's words for a completion: requests checked and translated, answers put together."""
 
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -98,6 +96,11 @@ class Options(Wire):
     def has_usage_chunk(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def top_count(self) -> int | None:
+        """Alternatives whose log-probabilities are wanted; None where none are."""
+        raise NotImplementedError
+
     def sampling(self, max_tokens: int) -> Sampling:
         if (self.min_tokens or 0) > max_tokens:
             raise BadRequestError(
@@ -119,6 +122,7 @@ class Options(Wire):
             ignore_eos=bool(self.ignore_eos),
             logit_bias=self.logit_bias,
             min_tokens=self.min_tokens or 0,
+            top_logprobs=self.top_count,
         )
 
 
@@ -162,6 +166,18 @@ class ChatMessage(Wire):
 class ChatRequest(Options):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, le=1 << 20)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @property
+    def top_count(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _has_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequestError("top_logprobs is given without logprobs: true", param="logprobs")
+        return self
 
     @property
     def asked_tokens(self) -> int | None:
@@ -188,7 +204,21 @@ class CompletionRequest(Options):
         Field(min_length=1, max_length=MAX_PROMPTS),
         BeforeValidator(_as_prompts),
     ]
+    max_tokens: int | None = Field(None, ge=0, le=1 << 20)
+    """0 only where the prompt is echoed."""
     best_of: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
+
+    @property
+    def top_count(self) -> int | None:
+        return self.logprobs
+
+    @model_validator(mode="after")
+    def _has_an_answer(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise BadRequestError("max_tokens is 0 without echo: true", param="max_tokens")
+        return self
 
     @model_validator(mode="after")
     def _has_no_choice(self) -> Self:
@@ -207,8 +237,6 @@ _NOT_YET: Mapping[str, tuple[Any, ...]] = {
 """Options that are known and not served, with the values that ask for nothing."""
 _NOT_YET_IN_CHAT: Mapping[str, tuple[Any, ...]] = {
     **_NOT_YET,
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
     "response_format": (None, {"type": "text"}),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
@@ -220,8 +248,6 @@ _NOT_YET_IN_CHAT: Mapping[str, tuple[Any, ...]] = {
 }
 _NOT_YET_IN_COMPLETIONS: Mapping[str, tuple[Any, ...]] = {
     **_NOT_YET,
-    "logprobs": (None, False),
-    "echo": (None, False),
     "suffix": (None, ""),
 }
 
@@ -237,74 +263,3 @@ def refuse_unsupported(body: dict[str, Any], kind: type[Options]) -> None:
                 error_code="unsupported_parameter",
                 param=name,
             )
-
-
-@dataclass(slots=True)
-class Usage:
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def wire(self) -> dict[str, int]:
-        total = self.prompt_tokens + self.completion_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
-        }
-
-
-@dataclass(frozen=True)
-class Form:
-    """One answer's envelope: its id, its time, and whether it is a chat or a plain completion."""
-
-    id: str
-    model: str
-    is_chat: bool
-    created: int
-
-    @classmethod
-    def new(cls, request_id: str, model: str, is_chat: bool) -> "Form":
-        prefix = "chatcmpl" if is_chat else "cmpl"
-        return cls(f"{prefix}-{request_id}", model, is_chat, int(time.time()))
-
-    def whole(self, texts: Sequence[str], finishes: Sequence[str], usage: Usage) -> dict[str, Any]:
-        """The answer to a request that does not stream."""
-        choices = [
-            self._choice(index, finish, text)
-            for index, (text, finish) in enumerate(zip(texts, finishes, strict=True))
-        ]
-        kind = "chat.completion" if self.is_chat else "text_completion"
-        return {**self._envelope(kind), "choices": choices, "usage": usage.wire()}
-
-    def first(self, index: int) -> dict[str, Any]:
-        """A chat stream's opening chunk of a choice: the role."""
-        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
-
-    def piece(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
-        """A chunk of a stream."""
-        if self.is_chat:
-            return self._chunk(index, {"delta": {"content": text} if text else {}}, finish)
-        return self._chunk(index, {"text": text}, finish)
-
-    def usage(self, usage: Usage) -> dict[str, Any]:
-        """The chunk that `include_usage` asks for, after the last choice."""
-        return {**self._envelope(self._chunk_kind), "choices": [], "usage": usage.wire()}
-
-    @property
-    def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self.is_chat else "text_completion"
-
-    def _choice(self, index: int, finish: str, text: str) -> dict[str, Any]:
-        said = (
-            {"message": {"role": "assistant", "content": text, "refusal": None}}
-            if self.is_chat
-            else {"text": text}
-        )
-        return {"index": index, **said, "finish_reason": finish, "logprobs": None}
-
-    def _chunk(self, index: int, said: dict[str, Any], finish: str | None) -> dict[str, Any]:
-        choice = {"index": index, **said, "finish_reason": finish, "logprobs": None}
-        return {**self._envelope(self._chunk_kind), "choices": [choice]}
-
-    def _envelope(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
