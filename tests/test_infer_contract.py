@@ -124,7 +124,7 @@ def test_edges_of_the_ranges_are_served(http: httpx2.Client) -> None:
     body = {"prompt": "a", "max_new_tokens": 1, "repetition_penalty": 0.01, **edge}
     reply = http.post("/generate", json={**body, "stop": "x", "seed": 3})
     assert len(reply.json()["generated_text"]) == 16
-    assert http.post("/generate", json={**body, "top_k": 10**12}).status_code == 200
+    assert http.post("/generate", json={**body, "top_k": 10**9}).status_code == 200
 
 
 def test_another_model_takes_over_while_a_stream_goes_on(

@@ -63,6 +63,12 @@ class Settings(BaseModel):
     engine_silent_seconds: float = Field(60, gt=0, le=86_400)
     """Without an answer from an engine to anything, before it is stopped as frozen."""
     max_engines: int = Field(2, ge=1)
+    model_path: str = Field("", max_length=4096)
+    """The model that is served where a request names none (MODEL_PATH)."""
+    load_in_8bit: bool = False
+    """Of that model's weights (LOAD_IN_8BIT)."""
+    load_in_4bit: bool = False
+    """(LOAD_IN_4BIT)"""
     should_fork_trainers: bool = True
     """Keep a process with torch imported to fork trainers and engines from."""
     hub_cache: Path = Field(default_factory=lambda: _hub_cache(os.environ))
@@ -122,11 +128,14 @@ class Settings(BaseModel):
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None, **over: Any) -> "Settings":
-        """From the environment, with arguments winning. Raises pydantic.ValidationError."""
-        source = os.environ if environment is None else environment
+        """From the environment, then a `.env` of the folder that we are in, with arguments winning
+        over both. Raises pydantic.ValidationError."""
+        source = _surroundings() if environment is None else environment
         values: dict[str, Any] = {}
         for name in cls.model_fields:
             text = source.get(f"TUNESMITH_{name.upper()}")
+            if not text and name in _PLAIN:
+                text = source.get(name.upper())
             if text:
                 values[name] = _split(name, text)
         values.update({name: value for name, value in over.items() if value is not None})
@@ -141,8 +150,27 @@ class Settings(BaseModel):
         return self.database_url or f"sqlite:///{self.home / 'db.sqlite'}"
 
     @property
+    def precision(self) -> str:
+        """How the weights of `model_path` are kept."""
+        return "int8" if self.load_in_8bit else "int4" if self.load_in_4bit else "auto"
+
+    @property
     def slots(self) -> int:
         return self.cpu_slots or os.cpu_count() or 1
+
+
+_PLAIN = ("model_path", "load_in_8bit", "load_in_4bit")
+"""Fields that are also read without the prefix, as the inference contract names them."""
+
+
+def _surroundings() -> Mapping[str, str]:
+    place = Path(".env")
+    if not place.is_file():
+        return os.environ
+    from dotenv import dotenv_values
+
+    told = dotenv_values(place, interpolate=False)
+    return {name: value for name, value in told.items() if value is not None} | dict(os.environ)
 
 
 def _hub_cache(environment: Mapping[str, str]) -> Path:

@@ -20,6 +20,7 @@ from tunesmith.api.families import (
     data,
     events,
     health,
+    inference,
     openai,
     training,
     uploads,
@@ -32,7 +33,7 @@ from tunesmith.hub import Hub
 from tunesmith.hub.sweep import sweep
 
 TRAINING_ROLE = (training.router, configured.router, uploads.router, data.router, events.router)
-ALL_ROLE = (*TRAINING_ROLE, openai.router, webhooks.router)
+ALL_ROLE = (*TRAINING_ROLE, inference.router, openai.router, webhooks.router)
 
 
 def create_app(hub: Hub, role: str = "all") -> FastAPI:

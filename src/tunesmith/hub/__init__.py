@@ -32,6 +32,7 @@ from tunesmith.hub.keys import Keys, worker_token
 from tunesmith.hub.known import Known
 from tunesmith.hub.landing import Landing
 from tunesmith.hub.leases import Leases
+from tunesmith.hub.loaded import Loaded
 from tunesmith.hub.logs import Logs
 from tunesmith.hub.mirror import MlflowMirror
 from tunesmith.hub.outbox import Outbox
@@ -82,6 +83,7 @@ class Hub:
         self.bell = Bell.of(settings)
         self.hands = Hands(self)
         self.engines = Engines(self)
+        self.loaded = Loaded(self)
         self.house_id = make_house(settings.home)
         self.digests = Digests(store)
         self.depot = Depot(self)

@@ -4,8 +4,6 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -14,6 +12,7 @@ import httpx2
 from sqlalchemy.engine import Connection
 
 from tunesmith.errors import NotReadyError, TuningAPIError
+from tunesmith.hub.answers import Answer, Target, message
 from tunesmith.hub.names import FoundModel
 from tunesmith.hub.principal import Principal
 from tunesmith.hub.pulse import Pulse
@@ -40,49 +39,6 @@ LOST_SECONDS = 120.0
 """A worker that did not ask for so long has lost its engines."""
 
 
-@dataclass
-class Answer:
-    """An engine's reply, its body not read yet. Close it, whatever happens."""
-
-    status: int
-    headers: dict[str, str]
-    response: httpx2.Response = field(repr=False)
-    client: "Engines" = field(repr=False)
-    engine_id: str = ""
-    _is_closed: bool = False
-
-    @property
-    def is_stream(self) -> bool:
-        return self.headers.get("content-type", "").startswith("text/event-stream")
-
-    async def parts(self) -> AsyncIterator[str]:
-        """The body as it comes; a broken engine ends a stream with an error event."""
-        try:
-            async for part in self.response.aiter_text():
-                yield part
-        except httpx2.HTTPError as error:
-            log.error("engine %s broke off: %s", self.engine_id, error)
-            if self.is_stream:
-                yield (
-                    'data: {"error": {"message": "the engine stopped in mid-answer; ask again", '
-                    '"type": "server_error", "param": null, "code": "engine_lost"}}\n\n'
-                )
-
-    async def close(self) -> None:
-        """Closing in mid-stream frees the place in the engine. Closed again, nothing happens."""
-        if not self._is_closed:
-            self._is_closed = True
-            self.client.let_go(self.engine_id)
-            await self.response.aclose()
-
-
-@dataclass(frozen=True)
-class _Target:
-    engine_id: str
-    url: str
-    key: str
-
-
 class Engines:
     """The API's view of the engines; the workers' hosts run them."""
 
@@ -105,17 +61,25 @@ class Engines:
     def _store(self) -> Store:
         return self._hub.store
 
-    async def ask(self, path: str, model: str, body: dict[str, Any], who: Principal) -> Answer:
+    async def ask(
+        self,
+        path: str,
+        model: str,
+        body: dict[str, Any],
+        who: Principal,
+        precision: str | None = None,
+    ) -> Answer:
         """Send a request to the engine that holds `model`, started if need be.
 
+        `precision` None takes the engine that is there, and auto where none is.
         Raises NotFoundError for a model that is not there, NotReadyError (503, Retry-After) for
         one whose engine does not come up.
         """
         found = await asyncio.to_thread(self._hub.find_model, model, who, "model")
         for is_last_try in (False, True):
-            target = await self._ready(found)
+            target = await self.ready(found, precision)
             try:
-                served = await self._served_name(target, found)
+                served = await self.served_name(target, found)
                 return await self._send(target, path, body | {"model": served}, model)
             except httpx2.TransportError as error:
                 if not await self._is_alive(target):
@@ -124,7 +88,7 @@ class Engines:
                     raise _not_ready(f"the engine of {model!r} does not answer") from None
         raise AssertionError
 
-    async def _send(self, target: _Target, path: str, body: dict[str, Any], model: str) -> Answer:
+    async def _send(self, target: Target, path: str, body: dict[str, Any], model: str) -> Answer:
         self._used.add(target.engine_id)
         request = self._http().build_request(
             "POST",
@@ -144,7 +108,7 @@ class Engines:
             raise
         return answer
 
-    async def _is_alive(self, target: _Target) -> bool:
+    async def _is_alive(self, target: Target) -> bool:
         """A connection may break, on an engine that is well and talks to others."""
         try:
             reply = await self._http().get(target.url + "/health", timeout=ALIVE_SECONDS)
@@ -152,21 +116,23 @@ class Engines:
             return False
         return reply.status_code < 500
 
-    async def _ready(self, found: FoundModel) -> _Target:
-        """Wait for the engine of the model's base; ask the workers for one where there is none."""
+    async def ready(self, found: FoundModel, precision: str | None = None) -> Target:
+        """Wait for the engine of the model's base; ask the workers for one where there is none.
+
+        Raises NotReadyError; Unservable where it was tried and cannot be."""
         began = time.monotonic()
         deadline = began + self._settings.engine_start_seconds
         with self._hub.watcher.watch("engines") as touched:
-            engine_id = await self._want(found)
+            engine_id = await self._want(found, precision)
             while True:
                 touched.clear()
                 row = self._store.read(partial(rows.get, engine_id=engine_id))
                 if row.state == "ready" and row.url:
-                    return _Target(row.id, row.url, row.key)
+                    return Target(row.id, row.url, row.key)
                 if row.state == "failed":
-                    raise _not_ready(f"{found.name!r} could not be served: {row.error}")
+                    raise _late(Unservable(f"{found.name!r} could not be served: {row.error}"))
                 if row.state == "stopped":
-                    engine_id = await self._want(found)
+                    engine_id = await self._want(found, precision)
                     continue
                 is_alone = not self._hub.hands.living_workers(but=DISPATCHER)
                 if is_alone and time.monotonic() - began > WORKER_SECONDS:
@@ -176,12 +142,13 @@ class Engines:
                     raise _not_ready(f"the engine of {found.name!r} is not ready yet")
                 await self._hub.wait(touched, min(left, 2.0))
 
-    async def _want(self, found: FoundModel) -> str:
+    async def _want(self, found: FoundModel, precision: str | None) -> str:
         """The engine's id; a commit only where there is none that is ready."""
         base = str(found.folder.base)
         living = self._living()
         for row in living:
-            if row.model_path == base and row.state == "ready" and not row.should_stop:
+            is_it = row.model_path == base and precision in (None, row.precision)
+            if is_it and row.state == "ready" and not row.should_stop:
                 return row.id
         memory = found.folder.weight_bytes * 2 + ENGINE_BYTES
         wanted = await self._hub.write(
@@ -191,11 +158,12 @@ class Engines:
                 found.folder.base.name,
                 max_engines=self._settings.max_engines,
                 needs=Needs(memory_bytes=memory),
+                precision=precision or "auto",
             )
         )
         return wanted.id
 
-    async def _served_name(self, target: _Target, found: FoundModel) -> str:
+    async def served_name(self, target: Target, found: FoundModel) -> str:
         """The base's own name, or the adapter's, loaded first where the engine has not got it."""
         if not found.folder.is_adapter:
             return found.folder.base.name
@@ -210,7 +178,7 @@ class Engines:
                 headers={"Authorization": f"Bearer {target.key}"},
             )
             if reply.status_code >= 400 and reply.status_code != 409:
-                raise _not_ready(f"{found.name!r} could not be loaded: {_message(reply)}")
+                raise _late(Unservable(f"{found.name!r} could not be loaded: {message(reply)}"))
             self._adapters.setdefault(target.engine_id, set()).add(name)
         return name
 
@@ -250,6 +218,7 @@ class Engines:
             key=engine.key,
             log_path=str(self._settings.home / "engines" / f"{engine.id}.log"),
             threads=self._settings.slots,
+            precision=engine.precision,
             options=engine.options,
         )
 
@@ -276,7 +245,7 @@ class Engines:
         ready = [row for row in self._living() if row.state == "ready" and not row.should_stop]
         try:
             for row in await self._pulse.silent(self._http(), [row for row in ready if row.url]):
-                await self._lost(_Target(row.id, row.url or "", row.key), "silent for too long")
+                await self._lost(Target(row.id, row.url or "", row.key), "silent for too long")
         except TuningAPIError as error:  # the next turn looks again
             log.error("a silent engine could not be stopped: %s", error)
 
@@ -290,6 +259,15 @@ class Engines:
                 del self._loading[key]
         recent = time.monotonic() - REPEAT_SECONDS
         self._ordered = {mark: at for mark, at in self._ordered.items() if at > recent}
+
+    async def describe(self, target: Target) -> dict[str, Any] | None:
+        """An engine's own `/model_info`; None of one that has none."""
+        headers = {"Authorization": f"Bearer {target.key}"}
+        try:
+            reply = await self._http().get(f"{target.url}/model_info", headers=headers, timeout=10)
+            return dict(reply.json()) if reply.status_code == 200 else None
+        except (httpx2.HTTPError, ValueError, TypeError):
+            return None
 
     def health(self) -> dict[str, Any]:
         """The fields of the inference contract's health."""
@@ -307,7 +285,7 @@ class Engines:
     def _living(self) -> list[rows.Engine]:
         return self._store.read(lambda tx: rows.list_engines(tx))
 
-    async def _lost(self, target: _Target, reason: str) -> None:
+    async def _lost(self, target: Target, reason: str) -> None:
         self._adapters.pop(target.engine_id, None)
         log.error("engine %s does not answer: %s", target.engine_id, reason)
         await self._hub.write(lambda tx: rows.stop(tx, target.engine_id))
@@ -336,14 +314,14 @@ def _differs(tx: Connection, ask: WorkAsk) -> bool:
     )
 
 
-def _not_ready(message: str) -> NotReadyError:
-    error = NotReadyError(message)
+class Unservable(NotReadyError):
+    """Its engine was started, and could not load it."""
+
+
+def _not_ready(said: str) -> NotReadyError:
+    return _late(NotReadyError(said))
+
+
+def _late(error: NotReadyError) -> NotReadyError:
     error.retry_after = 5
     return error
-
-
-def _message(reply: httpx2.Response) -> str:
-    try:
-        return str(reply.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {reply.status_code}"

@@ -7,10 +7,11 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
+    ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
@@ -29,7 +30,9 @@ FIT = "x_fit_tokens"
 """In a body to an engine of ours: fewer than `max_tokens` are as good, where the context ends."""
 PATHS = ("/generate", "/chat", "/model_info", "/load_model")
 """Their errors are `{"detail": …}`."""
+_MOST = 2**31 - 1
 _MANY = 1 << 20
+"""More tokens, or more to draw from, than any model has."""
 _MAX_FAULTS = 20
 _LEAST = 1e-6
 """The top_p that keeps the likeliest token alone."""
@@ -43,16 +46,26 @@ def _as_list(value: Any) -> Any:
 
 
 class Options(Strict):
-    """What both questions take; `model` names another than the loaded one."""
+    """What both questions take."""
 
-    max_new_tokens: int = Field(256, ge=1, strict=True)
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    max_new_tokens: int = Field(256, ge=1, le=_MOST, strict=True)
+    """Of the answer; where it is not given, fewer if the context ends before."""
     temperature: float = Field(0.7, ge=0, le=2, strict=True)
+    """0 is greedy."""
     top_p: float = Field(0.9, ge=0, le=1, strict=True)
+    """The likeliest tokens whose probability reaches it are drawn from."""
     do_sample: bool = Field(True, strict=True)
+    """False takes the likeliest token each time."""
     model: str | None = Field(None, min_length=1, max_length=4096)
+    """Another than the loaded one."""
     stop: Annotated[tuple[Stop, ...], Field(max_length=16), BeforeValidator(_as_list)] = ()
+    """Texts that end the answer, before them; one, or a list."""
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, strict=True)
+    """The same seed brings the same text."""
     stream: bool = Field(False, strict=True)
+    """Answer with server-sent events, a token at a time."""
 
     def _sampling(self, model: str) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -72,10 +85,13 @@ class Generate(Options):
     """`POST /generate`: a text to go on with."""
 
     prompt: Text
-    top_k: int = Field(50, ge=0, strict=True)
-    """0 keeps all."""
+    """The text to go on with."""
+    top_k: int = Field(50, ge=0, le=_MOST, strict=True)
+    """So many of the likeliest tokens are drawn from; 0: all."""
     repetition_penalty: float = Field(1.1, gt=0, le=10, strict=True)
+    """Above 1, what was said before is less likely."""
     num_return_sequences: int = Field(1, ge=1, le=16, strict=True)
+    """Continuations of the one prompt."""
 
     def body(self, model: str) -> dict[str, Any]:
         return self._sampling(model) | {
@@ -87,16 +103,23 @@ class Generate(Options):
 
 
 class Turn(Strict):
-    role: Annotated[str, StringConstraints(pattern="^(system|user|assistant)$")]
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    role: Literal["system", "user", "assistant"]
+    """Who says it."""
     content: Text
+    """What is said."""
 
 
 class Chat(Options):
     """`POST /chat`: an instruction, or a conversation of several turns."""
 
     instruction: Text = ""
+    """What to do."""
     input: Text = ""
+    """What to do it with."""
     messages: tuple[Turn, ...] = Field((), max_length=2048)
+    """In place of an instruction: a conversation of several turns."""
 
     @model_validator(mode="after")
     def _asks(self) -> Self:

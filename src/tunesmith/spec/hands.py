@@ -114,6 +114,7 @@ class EngineOrder(Strict):
     key: str = ""
     log_path: str = ""
     threads: int = 1
+    precision: str = "auto"
     options: dict[str, Any] = {}
 
 

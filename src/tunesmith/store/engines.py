@@ -24,6 +24,8 @@ class Engine(Strict):
     id: str
     model_path: str
     model_name: str
+    precision: str
+    """How its weights are kept: auto, fp32, bf16, int8 or int4."""
     state: Literal["wanted", "starting", "ready", "failed", "stopped"]
     should_stop: bool
     needs: Needs
@@ -55,6 +57,7 @@ def want(
     max_engines: int,
     needs: Needs = Needs(),
     options: dict[str, Any] | None = None,
+    precision: str = "auto",
     retry_seconds: float = 10,
 ) -> Engine:
     """The engine of a model: the live one, or one that failed just now, or a new one.
@@ -63,7 +66,7 @@ def want(
     """
     lately = and_(engines.c.state == "failed", engines.c.changed_at > now() - retry_seconds)
     is_live = and_(engines.c.state.in_(_LIVE), engines.c.should_stop.is_(False))
-    same = engines.c.model_path == model_path
+    same = and_(engines.c.model_path == model_path, engines.c.precision == precision)
     for usable in (is_live, lately):
         row = _first(tx, and_(same, usable))
         if row is not None:
@@ -72,7 +75,8 @@ def want(
     _retire(tx, same)
     if (tx.scalar(select(func.count()).select_from(engines).where(is_live)) or 0) >= max_engines:
         _evict(tx)
-    return _create(tx, model_path, model_name, needs, options or {})
+    made = {"model_path": model_path, "model_name": model_name, "precision": precision}
+    return _create(tx, made, needs, options or {})
 
 
 def _first(tx: Connection, where: ColumnElement[bool]) -> RowMapping | None:
@@ -99,13 +103,10 @@ def _evict(tx: Connection) -> None:
         stop(tx, engine_id)
 
 
-def _create(
-    tx: Connection, model_path: str, model_name: str, needs: Needs, options: dict[str, Any]
-) -> Engine:
+def _create(tx: Connection, model: dict[str, str], needs: Needs, options: dict[str, Any]) -> Engine:
     row = {
         "id": "engine-" + secrets.token_hex(6),
-        "model_path": model_path,
-        "model_name": model_name,
+        **model,
         "state": "wanted",
         "needs_gpus": needs.gpus,
         "needs_memory_bytes": needs.memory_bytes,

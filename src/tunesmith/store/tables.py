@@ -248,9 +248,11 @@ engines = Table(
     Column("created_at", Double, nullable=False),
     Column("changed_at", Double, nullable=False),
     Column("last_used", Double, nullable=False),
+    Column("precision", String(8), nullable=False, server_default="auto"),
     Index(
         "uq_engines_live_model",
         "model_path",
+        "precision",
         unique=True,
         **_partial(text("state in ('wanted', 'starting', 'ready')")),
     ),
@@ -310,6 +312,7 @@ api_keys = Table(
     Column("created_at", Double, nullable=False),
     Column("revoked_at", Double),
     Column("is_worker", Boolean, nullable=False, server_default=text("false")),
+    Column("scopes", Json),
 )
 
 idempotency_keys = Table(

@@ -151,7 +151,8 @@ class Engines:
 def _arguments(order: EngineOrder) -> list[str]:
     argv = ["--model", order.model_path, "--model-name", order.model_name]
     argv += ["--host", "127.0.0.1", "--port", "0", "--key-env", KEY_VARIABLE]
-    return [*argv, "--threads", str(order.threads), "--die-with-parent"]
+    argv += ["--threads", str(order.threads), "--precision", order.precision]
+    return [*argv, "--die-with-parent"]
 
 
 async def _first_word(child: Child) -> dict[str, Any]:

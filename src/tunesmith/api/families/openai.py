@@ -16,7 +16,7 @@ from tunesmith.api.stream import EventStream
 from tunesmith.api.strict import StrictRoute, read_json
 from tunesmith.errors import BadRequestError
 from tunesmith.hub import Hub
-from tunesmith.hub.engines import Answer
+from tunesmith.hub.answers import Answer
 from tunesmith.spec.chat import MAX_TEXT
 
 
@@ -129,7 +129,7 @@ async def _object(request: Request) -> dict[str, Any]:
     return body
 
 
-async def _parts(answer: Answer) -> AsyncGenerator[str, None]:
+async def _parts(answer: Answer) -> AsyncGenerator[bytes, None]:
     try:
         async for part in answer.parts():
             yield part
