@@ -1,9 +1,11 @@
 """Everything that a request may ask of the engine, through the official client."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 
@@ -148,3 +150,54 @@ def test_an_echo_comes_before_what_is_streamed(client: openai.OpenAI) -> None:
         tokens[choice.index] += len(choice.logprobs.tokens) if choice.logprobs else 0
     assert [text[:3] for text in texts] == ["a b", "a b", "c d", "c d"]
     assert tokens == [8 + len(made.tokenizer().encode("a b").ids)] * 4
+
+
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
+
+def held_to(schema: dict[str, Any]) -> dict[str, Any]:
+    told = {"name": "it", "strict": True, "schema": schema}
+    return {"type": "json_schema", "json_schema": told}
+
+
+@pytest.mark.parametrize("model", ["tiny", "one"])
+def test_an_answer_follows_its_schema_whole_and_streamed(client: openai.OpenAI, model: str) -> None:
+    asked: dict[str, Any] = {"model": model, "max_tokens": 150, "seed": 1, "temperature": 1}
+    asked["response_format"] = held_to(PERSON)
+    reply = chat(client, n=3, **asked)
+    for choice in reply.choices:
+        assert choice.finish_reason == "stop"
+        jsonschema.validate(json.loads(choice.message.content), PERSON)
+    chunks = list(chat(client, stream=True, **asked))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == reply.choices[0].message.content
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_json_mode_says_an_object_or_is_cut(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"response_format": {"type": "json_object"}, "temperature": 1}
+    closing = {str(made.tokenizer().encode(each).ids[0]): 60 for each in '}]"'}
+    reply = chat(client, max_tokens=200, seed=2, logit_bias=closing, **asked)
+    assert isinstance(json.loads(reply.choices[0].message.content), dict)
+    cut = chat(client, max_tokens=1, seed=2, **asked).choices[0]
+    assert (cut.finish_reason, cut.message.content[0]) == ("length", "{")
+
+
+def test_a_schema_that_cannot_be_followed_says_where(client: openai.OpenAI) -> None:
+    for inner, place in [
+        ({"type": "strin"}, "$.properties.a.type"),
+        ({"not": {}}, "$.properties.a.not"),
+    ]:
+        with pytest.raises(openai.BadRequestError) as caught:
+            chat(client, response_format=held_to({"type": "object", "properties": {"a": inner}}))
+        assert place in caught.value.message
+    assert caught.value.code == "invalid_schema"

@@ -268,6 +268,13 @@ BAD_BODIES: list[tuple[bytes, str | None]] = [
     (b'{"model": "tiny", "messages": [{"role": "user", "content": 5}]}', "messages.0.content"),
     (b'{"model": "tiny", "messages": [{"role": "user"}]}', "messages.0"),
 ]
+
+
+def schema(schema: Any) -> dict[str, Any]:
+    told = {"name": "it", "strict": True, "schema": schema}
+    return {"response_format": {"type": "json_schema", "json_schema": told}}
+
+
 BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"n": 10**9}, "n"),
     ({"n": True}, "n"),
@@ -292,7 +299,10 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"stop_token_ids": [360]}, "stop_token_ids"),
     ({"stop_token_ids": list(range(100))}, "stop_token_ids"),
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    (schema({"type": "objekt"}), "response_format.json_schema.schema"),
+    (schema({"enum": ["x"] * 5000}), "response_format.json_schema.schema"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"min_p": 1.1}, "min_p"),

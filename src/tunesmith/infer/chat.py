@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from tunesmith.errors import BadRequestError
 from tunesmith.infer.engine import Ask, Engine, Stream
+from tunesmith.infer.guide import Grammar
 from tunesmith.infer.logprobs import Said
 from tunesmith.infer.voices import Voice
 from tunesmith.infer.writer import Writer
@@ -84,9 +85,17 @@ def fit(prompt: Sequence[int], asked: int | None, default: int, engine: Engine, 
     return min(default, room) if asked is None else asked
 
 
-def ask(voice: Voice, prompt: list[int], sampling: Sampling, count: int) -> Ask:
+def ask(
+    voice: Voice,
+    prompt: list[int],
+    sampling: Sampling,
+    count: int,
+    grammar: Grammar | None = None,
+) -> Ask:
     own = frozenset() if sampling.ignore_eos else voice.renderer.stop_ids
-    return Ask(prompt, sampling, own | {*sampling.stop_token_ids}, voice.adapter, count)
+    stop_ids = own | {*sampling.stop_token_ids}
+    guide = None if grammar is None else grammar.guide
+    return Ask(prompt, sampling, stop_ids, voice.adapter, count, guide)
 
 
 async def reply(stream: Stream, tokenizer: Tokenizer) -> AsyncGenerator[Piece, None]:
@@ -111,6 +120,9 @@ async def reply(stream: Stream, tokenizer: Tokenizer) -> AsyncGenerator[Piece, N
 
 
 async def off_loop(size: int, work: Callable[[], T]) -> T:
-    if size <= _SHORT_TEXT:
-        return work()
+    return work() if size <= _SHORT_TEXT else await in_reader(work)
+
+
+async def in_reader(work: Callable[[], T]) -> T:
+    """Run what takes long, two at a time."""
     return await asyncio.get_running_loop().run_in_executor(_readers, work)

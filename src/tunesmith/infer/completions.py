@@ -1,6 +1,5 @@
 """OpenAI's completions: a request's body in, the answer out, whole or as a stream."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -13,7 +12,17 @@ from tunesmith.errors import BadRequestError, TuningAPIError
 from tunesmith.infer import openai
 from tunesmith.infer.answers import Choice, Form, Usage
 from tunesmith.infer.body import read_json, validate
-from tunesmith.infer.chat import Piece, ask, fit, off_loop, read_messages, read_text, reply
+from tunesmith.infer.chat import (
+    Piece,
+    ask,
+    fit,
+    in_reader,
+    off_loop,
+    read_messages,
+    read_text,
+    reply,
+)
+from tunesmith.infer.constraints import grammar_of
 from tunesmith.infer.door import error_body
 from tunesmith.infer.echo import Echo, echoed, spell
 from tunesmith.infer.engine import Ask
@@ -45,7 +54,8 @@ async def chat(served: Served, request: Request, body: dict[str, Any]) -> Respon
     prompt = await read_messages(voice, messages, served.engine)
     default = openai.DEFAULT_CHAT_TOKENS
     room = fit(prompt, *_wanted(asked, asked.asked_tokens, default), served.engine, "messages")
-    asks = [ask(voice, prompt, asked.sampling(room), asked.count)]
+    grammar = await grammar_of(asked, voice, served.engine.runner.model.shape.vocabulary)
+    asks = [ask(voice, prompt, asked.sampling(room), asked.count, grammar)]
     return await _answer(served, request, asked, voice, asks)
 
 
@@ -58,13 +68,14 @@ async def complete(served: Served, request: Request, body: dict[str, Any]) -> Re
             param="n",
         )
     voice = served.voices.get(asked.model)
+    grammar = await grammar_of(asked, voice, served.engine.runner.model.shape.vocabulary)
     asks: list[Ask] = []
     echoes: list[Echo] = []
     for given in asked.prompt:
         prompt = await _ids(served, voice, given)
         default = openai.DEFAULT_COMPLETION_TOKENS
         room = fit(prompt, *_wanted(asked, asked.max_tokens, default), served.engine, "prompt")
-        plain = ask(voice, prompt, asked.sampling(room), asked.count)
+        plain = ask(voice, prompt, asked.sampling(room), asked.count, grammar)
         asks.append(replace(plain, read=_scores_of(prompt, asked)))
         if asked.echo:
             echoes += [await _echo(voice, given, prompt, asked)] * asked.count
@@ -133,7 +144,7 @@ async def _form(served: Served, request: Request, asked: openai.Options, voice: 
     lexicon = None
     if asked.top_count is not None:
         vocabulary = served.engine.runner.model.shape.vocabulary
-        lexicon = await asyncio.to_thread(lexicon_of, voice.renderer, vocabulary)
+        lexicon = await in_reader(lambda: lexicon_of(voice.renderer, vocabulary))
     name = unquote(request.headers.get(MODEL_HEADER, "")) or asked.model
     return Form.new(request.state.id, name, isinstance(asked, openai.ChatRequest), lexicon)
 

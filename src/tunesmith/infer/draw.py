@@ -7,6 +7,7 @@ from random import Random
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.infer.guide import Guide
 from tunesmith.spec.chat import Sampling
 
 BAN = -1e30
@@ -56,8 +57,10 @@ class Draw:
         prompt: Iterable[int] = (),
         stop_ids: Iterable[int] = (),
         random: Random | None = None,
+        guide: Guide | None = None,
     ) -> None:
         self.sampling = sampling
+        self.guide = guide
         self._random = random or Random()
         self._pushed = 0
         has_counts = sampling.presence_penalty or sampling.frequency_penalty
@@ -65,9 +68,9 @@ class Draw:
         self._said = Counts() if has_counts else None
         self._bias = _columns(sampling.logit_bias)
         self._stops = _columns(dict.fromkeys(stop_ids, BAN)) if sampling.min_tokens else None
-        has_edits = self._seen or self._said or self._bias or self._stops
+        edits = (self._seen, self._said, self._bias, self._stops, guide)
         self.is_greedy = sampling.temperature == 0
-        self.is_plain = self.is_greedy and not has_edits
+        self.is_plain = self.is_greedy and all(each is None for each in edits)
         """Whether one argmax of the bare logits will do."""
 
     def uniform(self) -> float:
@@ -77,6 +80,8 @@ class Draw:
     def push(self, id_: int) -> None:
         """The token that was drawn."""
         self._pushed += 1
+        if self.guide is not None:
+            self.guide.push(id_)
         for counts in (self._seen, self._said):
             if counts is not None:
                 counts.push(id_)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import BadRequestError, ServerError, TuningAPIError
+from tunesmith.infer.guide import Guide
 from tunesmith.infer.runner import Runner
 from tunesmith.infer.sampler import Pick, sample
 from tunesmith.infer.scheduler import Limits, Scheduler
@@ -38,6 +39,8 @@ class Ask:
     adapter: str | None = None
     """By its public name."""
     count: int = 1
+    guide: Callable[[], Guide] | None = None
+    """Makes what holds each continuation to a grammar."""
     read: Callable[[], Reader] | None = None
     """Makes what reads the prompt of each continuation."""
 
@@ -199,16 +202,17 @@ class Engine:
             self._append(sequence, pick)
 
     def _append(self, sequence: Sequence, pick: Pick) -> None:
-        if pick.id is None:
-            self._end(sequence, ServerError("the model's output is not a number (broken weights?)"))
+        if pick.id is None or pick.error is not None:
+            self._end(sequence, pick.error or ServerError("no token could be sampled"))
             return
         sequence.generated.append(pick.id)
         finish: Finish | None = None
-        if pick.id in sequence.stop_ids:
+        is_end = pick.id in sequence.stop_ids
+        if is_end or pick.is_last:
             finish = "stop"
         elif len(sequence.generated) >= sequence.sampling.max_tokens:
             finish = "length"
-        token = Token(sequence.index, pick.id, finish, pick.score)
+        token = Token(sequence.index, pick.id, finish, is_end, pick.score)
         if finish:
             self._end(sequence, token)
         else:
@@ -271,6 +275,7 @@ def _sequences(asks: Many[Ask], emit: Callable[[Item], None]) -> list[Sequence]:
                     emit=emit,
                     index=len(sequences),
                     stop_ids=ask.stop_ids,
+                    guide=ask.guide() if ask.guide else None,
                     reader=ask.read() if ask.read else None,
                     random=Random() if seed is None else Random(f"{seed}/{choice}"),
                 )

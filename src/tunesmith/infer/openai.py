@@ -51,6 +51,26 @@ class StreamOptions(Wire):
     include_usage: bool | None = None
 
 
+class JsonSchema(Wire):
+    name: str = Field(min_length=1, max_length=64, pattern="^[A-Za-z0-9_-]+$")
+    strict: bool | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Wire):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise BadRequestError(
+                "response_format is of type json_schema, without a json_schema",
+                param="response_format.json_schema",
+            )
+        return self
+
+
 class Options(Wire):
     """What both kinds of completion take; null means the default."""
 
@@ -83,6 +103,7 @@ class Options(Wire):
         Field(max_length=16),
         BeforeValidator(_as_list),
     ] = []
+    response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     x_fit_tokens: bool | None = None
@@ -237,7 +258,6 @@ _NOT_YET: Mapping[str, tuple[Any, ...]] = {
 """Options that are known and not served, with the values that ask for nothing."""
 _NOT_YET_IN_CHAT: Mapping[str, tuple[Any, ...]] = {
     **_NOT_YET,
-    "response_format": (None, {"type": "text"}),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),

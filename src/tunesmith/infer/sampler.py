@@ -1,8 +1,8 @@
 """From logits to the next token id. B sequences, V vocabulary entries, N edited logits.
 
 The order is that of transformers: repetition penalty, then what is added (logit bias, presence
-and frequency penalties), temperature, top-k, top-p, min-p. Log-probabilities are the model's own,
-before any of it.
+and frequency penalties), a grammar, temperature, top-k, top-p, min-p. Log-probabilities are the
+model's own, before any of it.
 """
 
 from collections.abc import Sequence as Many
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tunesmith.errors import ServerError, TuningAPIError
 from tunesmith.infer.draw import Amounts, Draw, Ids
 from tunesmith.nn.sampling import keep_min_p, keep_top_k, keep_top_p, pick, tempered
 from tunesmith.spec.chat import Sampling
@@ -30,8 +31,11 @@ class Pick:
     """A row's next token."""
 
     id: int | None
-    """None where the logits are not numbers."""
     score: Score | None = None
+    is_last: bool = False
+    """Nothing can follow: a grammar is at its end."""
+    error: TuningAPIError | None = None
+    """Why there is no id, or none after it."""
 
 
 def sample(logits_BV: Tensor, draws: Many[Draw]) -> list[Pick]:
@@ -46,10 +50,20 @@ def sample(logits_BV: Tensor, draws: Many[Draw]) -> list[Pick]:
         for i, id_ in zip(special, chosen, strict=True):
             ids[i] = id_
     scores = _scores(logits_BV, ids, draws)
-    for draw, taken in zip(draws, ids, strict=True):
-        if taken is not None:
-            draw.push(taken)
-    return [Pick(id_, scores.get(i)) for i, id_ in enumerate(ids)]
+    return [
+        _told(draw, id_, scores.get(i))
+        for i, (draw, id_) in enumerate(zip(draws, ids, strict=True))
+    ]
+
+
+def _told(draw: Draw, id_: int | None, score: Score | None) -> Pick:
+    if id_ is None:
+        return Pick(None, error=ServerError("the model's output is not a number (broken weights?)"))
+    draw.push(id_)
+    guide = draw.guide
+    if guide is None:
+        return Pick(id_, score)
+    return Pick(id_, score, guide.is_over, guide.error)
 
 
 def likeliest(logits_BV: Tensor) -> list[int | None]:
@@ -79,6 +93,7 @@ def _scores(logits_BV: Tensor, ids: Many[int | None], draws: Many[Draw]) -> dict
 def _choose(logits_BV: Tensor, draws: Many[Draw]) -> list[int]:
     """The ids of rows that ask for more than the likeliest. The logits are overwritten."""
     edit(logits_BV, draws)
+    constrain(logits_BV, draws)
     drawn = [i for i, draw in enumerate(draws) if not draw.is_greedy]
     if not drawn:
         return [int(id_) for id_ in logits_BV.argmax(dim=-1).tolist()]
@@ -106,6 +121,16 @@ def edit(logits_BV: Tensor, draws: Many[Draw]) -> None:
         at = _places([(i, ids) for i, ids, _ in added], logits_BV.device)
         amounts_N = _tensor([amounts for _, _, amounts in added], logits_BV)
         logits_BV.index_put_(at, amounts_N, accumulate=True)
+
+
+def constrain(logits_BV: Tensor, draws: Many[Draw]) -> None:
+    """Leave to the rows that follow a grammar the tokens it allows, in place."""
+    guided = [(i, draw.guide) for i, draw in enumerate(draws) if draw.guide is not None]
+    if guided:
+        rows = [i for i, _ in guided]
+        allowed_BV = torch.from_numpy(np.stack([guide.mask() for _, guide in guided]))
+        is_banned_BV = ~allowed_BV.to(logits_BV.device)
+        logits_BV[rows] = logits_BV[rows].masked_fill(is_banned_BV, -torch.inf)
 
 
 def weaken_seen(logits_N: Tensor, penalty: float | Tensor) -> Tensor:

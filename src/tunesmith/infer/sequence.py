@@ -6,6 +6,7 @@ from random import Random
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from tunesmith.infer.draw import Draw
+from tunesmith.infer.guide import Guide
 from tunesmith.spec.chat import Sampling
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ class Token:
     id: int | None
     """None where nothing was to be sampled: the prompt has been read."""
     finish: Finish | None = None
-    """Set on a sequence's last token only; `stop` means that the id itself is a stop token."""
+    """Set on a sequence's last token only."""
+    is_end: bool = False
+    """The id itself is a stop token: it has no text."""
     score: "Score | None" = None
     """Where log-probabilities were asked for."""
 
@@ -64,11 +67,12 @@ class Sequence:
     """Wants all rows of the prompt: no part of it may come from another's cache."""
     random: Random = field(default_factory=Random)
     """Its own numbers: they outlive an eviction and owe nothing to its neighbours."""
+    guide: Guide | None = None
     draw: Draw = field(init=False)
     is_cancelled: bool = False
 
     def __post_init__(self) -> None:
-        self.draw = Draw(self.sampling, self.prompt, self.stop_ids, self.random)
+        self.draw = Draw(self.sampling, self.prompt, self.stop_ids, self.random, self.guide)
 
     @property
     def length(self) -> int:

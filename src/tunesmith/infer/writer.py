@@ -31,7 +31,7 @@ class Writer:
 
     def _spell(self, token: Token) -> str:
         text = ""
-        if token.id is not None and token.finish != "stop":
+        if token.id is not None and not token.is_end:
             if token.score is not None:
                 self._said.append(Said(token.id, self._told, token.score))
             text = self._detokenizer.push(token.id)
