@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,8 @@ def test_a_job_trains_and_its_events_tell_the_story_in_order(house: House, finis
     for earlier, later in [("queued", "validated"), ("claimed", "started"), ("step", "succeeded")]:
         assert kinds.index(earlier) < kinds.index(later)
     assert kinds[-1] == "succeeded"
+    (gate,) = [event["data"] for event in events if event["data"].get("code") == "parity"]
+    assert gate["message"].startswith("served = trained: 8 conversations")
     steps = [event["data"] for event in events if event["type"] == "step"]
     assert steps[-1]["step"] == steps[-1]["total_steps"] == 16
     assert steps[-1]["loss"] < steps[0]["loss"]
@@ -433,6 +436,27 @@ def test_a_checkpoint_of_a_running_job_answers_beside_the_base_it_stands_on(hous
     with house.client as http:
         http.post(f"/jobs/{job_id}/cancel", params={"force": True})
     house.wait_end(job_id)
+
+
+def test_a_model_that_is_served_otherwise_gets_no_name_and_keeps_its_files(house: House) -> None:
+    """The base is changed under a job that trains an adapter on it."""
+    base = house.workspace / "models" / "changed"
+    shutil.copytree(house.workspace / "models" / "tiny", base)
+    job_id = house.submit(model_name="models/changed", max_steps=400, suffix="other")
+    house.wait_event(job_id, "step")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    job = house.wait_end(job_id)
+    assert job["status"] == "failed"
+    assert house.events(job_id)[-1]["data"]["failure_class"] == "parity"
+    assert "rms_norm_eps was 1e-06 in training and is 0.5" in job["error"]
+    kept = Path(job["error"].rpartition("the model is at ")[2].partition(" (")[0])
+    assert (kept / "adapter_model.safetensors").exists()
+    assert not (house.workspace / job["output_dir"]).exists()
+    with house.client as client:
+        names = [one["id"] for one in client.get("/v1/models", headers=KEY).json()["data"]]
+    assert f"ft:changed:local:other:{job_id}" not in names
+    assert f"ft:changed:local:other:{job_id}:ckpt-step-400" in names
 
 
 def test_a_queued_job_is_cancelled_at_once(house: House) -> None:

@@ -57,6 +57,7 @@ class FailureClass(StrEnum):
     INFRA_LOST = "infra_lost"
     NO_ARTIFACT = "no_artifact"
     CHECKPOINT_CORRUPT = "checkpoint_corrupt"
+    PARITY = "parity"
 
     @property
     def is_retryable(self) -> bool:
@@ -90,6 +91,7 @@ _HINTS = {
     FailureClass.INFRA_LOST: "the worker was lost; check that host's log",
     FailureClass.NO_ARTIFACT: "the trainer ended without a model; see the end of the job's log",
     FailureClass.CHECKPOINT_CORRUPT: "no checkpoint could be read; submit the job again",
+    FailureClass.PARITY: "the model's files stay in the attempt's folder; see what differs above",
 }
 
 

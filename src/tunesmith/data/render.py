@@ -114,6 +114,10 @@ class Renderer:
         source = fallbacks.fallback(kind, bos if has_bos else "", self._vocabulary.eos)
         return Renderer(self.folder, self._files, {"default": source}, self._now)
 
+    def at(self, now: Callable[[], datetime]) -> "Renderer":
+        """The same by another clock."""
+        return Renderer(self.folder, self._files, self._sources, now)
+
     def text(
         self, messages: Sequence[Message], tools: Tools = (), add_generation_prompt: bool = False
     ) -> str:

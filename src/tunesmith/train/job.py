@@ -12,6 +12,7 @@ import torch
 from tunesmith.data.render import NOTICES
 from tunesmith.errors import FailureClass, JobFailure
 from tunesmith.nn.language import LanguageModel, Model
+from tunesmith.spec.parity import WITNESSED
 from tunesmith.spec.pipe import (
     Finished,
     Notice,
@@ -22,7 +23,7 @@ from tunesmith.spec.pipe import (
     TrainerTask,
 )
 from tunesmith.spec.rewards import RewardSource, TrainedModel
-from tunesmith.spec.train import Kto, Pretrain, Reinforcing
+from tunesmith.spec.train import Kto, Pretrain, Reinforcing, Reward
 from tunesmith.train import artifact, checkpoint, plan, randomness, space
 from tunesmith.train.answers import CACHE_TOKENS, Exam, draw_questions
 from tunesmith.train.batches import Feed, Interrupted
@@ -47,6 +48,7 @@ from tunesmith.train.rollout import Rollouts, Wish
 from tunesmith.train.source import RowSource
 from tunesmith.train.stages import Stages
 from tunesmith.train.standing import Standing
+from tunesmith.train.witness import Witness
 
 TELL_SECONDS = 30.0
 DRAWING_SECONDS = 300.0
@@ -404,10 +406,33 @@ class Job:
         return Shelf(Path(self._task.attempt_dir), self._spec.run.keep_checkpoints)
 
     def _save_all(self, opened: Opened, folder: Path) -> None:
-        """The model, and those on the way."""
+        """The model, and those on the way; and what it says, for whoever will serve it."""
         self._save_model(opened, folder)
+        self._testify(opened, folder)
         if (stages := self._stages()) is not None:
             stages.place(folder)
+
+    def _testify(self, opened: Opened, saved: Path, model: str = ".", name: str = "model") -> None:
+        """A model whose weights no process holds by itself says nothing, nor does one that only
+        scores."""
+        is_shared_out = self._plan.parallel == "fsdp" and self._group.size > 1
+        if is_shared_out or isinstance(self._spec, Reward):
+            return
+        witness = Witness(
+            model=cast(LanguageModel, opened.model),
+            renderer=opened.renderer,
+            rows=opened.eval_rows or opened.rows,
+            precision=self._plan.precision,
+            device=self._plan.device,
+            seed=self._spec.optim.seed,
+            base_facts=opened.facts,
+        )
+        try:
+            witness.write(Path(self._task.attempt_dir) / WITNESSED / f"{name}.json", saved, model)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._notice("not_heard", f"memory did not suffice to hear the model: {judge(error)}")
 
     def _stages(self) -> Stages | None:
         """Of the process that writes."""

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tunesmith.data.holdout import Rows
+from tunesmith.data.parity import facts_of
 from tunesmith.data.render import Renderer
 from tunesmith.data.sampling import Chosen
+from tunesmith.nn.folder import open_folder
 from tunesmith.nn.language import Model, open_scorer, open_with
 from tunesmith.nn.opening import Opening
 from tunesmith.spec.pipe import Notice, Plan, TrainerTask
@@ -31,6 +33,8 @@ class Opened:
     """Published names of models, by path."""
     has_own_tokenizer: bool = True
     """False: the renderer's was brought along, in place of the model's."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Of the base's configuration: see `data.parity`."""
 
     def save(self, folder: Path) -> None:
         """Weights, tokenizer and the template in use: all that serving needs."""
@@ -55,6 +59,7 @@ class Opener:
         rows, held_out = open_sets(inputs, self.task.spec, files)
         if isinstance(rows, Chosen):
             self.tell(Notice(level="info", code="sampling", message=rows.sentence))
+        facts = facts_of(open_folder(inputs.model, needs_weights=False).base)
         model = open_model()
         renderer = self._renderer(rows)
         if inputs.tokenizer is not None:
@@ -67,6 +72,7 @@ class Opener:
             max_length=self._max_length(model),
             named=inputs.named,
             has_own_tokenizer=inputs.tokenizer is None,
+            facts=facts,
         )
 
     def model(self) -> Model:

@@ -205,6 +205,7 @@ class SweepJob(Job):
     def _save_models(self, folder: Path) -> None:
         """The best by now as it is served, and each one's weights."""
         self._best().opened.save(folder)
+        self._testify(self._best().opened, folder)
         for trial in self._trials:
             place = folder / trial.path
             trial.opened.model.save(place)
@@ -264,10 +265,12 @@ class SweepJob(Job):
     def _fill(self, folder: Path, records: dict[str, dict[str, Any]]) -> None:
         """The best one at the root, each by itself, and the table."""
         self._best().opened.save(folder)
+        self._testify(self._best().opened, folder)
         for trial in self._trials:
             if trial.name in records:
                 place = folder / trial.path
                 trial.opened.save(place)
+                self._testify(trial.opened, place, trial.path, trial.name)
                 (place / RECORD).write_text(_lines(records[trial.name]), encoding="utf-8")
         table = self._table().model_dump(mode="json")
         (folder / TABLE).write_text(_lines(table), encoding="utf-8")

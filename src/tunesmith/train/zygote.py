@@ -35,6 +35,7 @@ MODULES = {
     "tunesmith.train": "tunesmith.train.__main__",
     "tunesmith.train.launch": "tunesmith.train.launch",
     "tunesmith.infer.server": "tunesmith.infer.server",
+    "tunesmith.infer.gate": "tunesmith.infer.gate",
 }
 """What may be run, and where its `main` is."""
 

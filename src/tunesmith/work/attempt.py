@@ -17,6 +17,8 @@ from tunesmith.spec.pipe import (
 from tunesmith.spec.records import Outcome, StopMode
 from tunesmith.work.fork import Forker
 from tunesmith.work.gang import Gang, here
+from tunesmith.work.gate import Gate
+from tunesmith.work.gate import failed as failed_at_gate
 from tunesmith.work.outbound import Outbound
 from tunesmith.work.pump import CappedLog, Log
 from tunesmith.work.receipt import Answered, Receipt
@@ -180,7 +182,21 @@ class Attempt:
         if self.job.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, here(self.job.gpus)))
         body = task.model_dump_json().encode()
-        return await self.trainer.run(self.forker, self._program(), environment, body, journal)
+        outcome = await self.trainer.run(self.forker, self._program(), environment, body, journal)
+        device = "cuda:0" if self.job.gpus else "cpu"
+        gate = Gate(self.forker, task, environment, device, journal)
+        return await self._pass(gate, outcome) if gate.is_wanted(outcome) else outcome
+
+    async def _pass(self, gate: Gate, outcome: Outcome) -> Outcome:
+        """The outcome, or what becomes of it at the gate; a stop leaves it to the next attempt."""
+        notice = await self.trainer.unless_halted(gate.judge(outcome))
+        if notice is None:
+            return Outcome(kind="stopped", step=outcome.step)
+        self._say(notice, len(notice.message) + 500)
+        if notice.level != "error":
+            return outcome
+        assert outcome.artifact
+        return failed_at_gate(outcome, notice, self.staging.to_theirs(outcome.artifact))
 
     def _program(self) -> tuple[str, list[str]]:
         """Module and arguments: several processes start under torchrun."""
@@ -287,7 +303,7 @@ class Attempt:
         """What the API must have before it hears of the end: the model, or the last checkpoint."""
         if self._outbound is None:
             return ()
-        if outcome.kind == "succeeded" and outcome.artifact and outcome.manifest_sha256:
+        if outcome.artifact and outcome.manifest_sha256:
             return (
                 Parcel(
                     kind="artifact",

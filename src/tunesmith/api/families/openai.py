@@ -82,17 +82,20 @@ _BODY = {
 
 @router.get("/models", summary="Models that can be named in a request")
 def list_models(hub: HubDep, who: KeyHolder) -> dict[str, Any]:
-    data = [
-        {"id": name, "object": "model", "created": int(created), "owned_by": owner}
-        for name, created, owner in hub.served_names(who)
-    ]
+    data = [_model(*one) for one in hub.served_names(who)]
     return {"object": "list", "data": data}
+
+
+def _model(name: str, created: float, owner: str) -> dict[str, Any]:
+    """No gate has compared a checkpoint with its trainer: that is said."""
+    shown = {"id": name, "object": "model", "created": int(created), "owned_by": owner}
+    return shown | {"gated": False} if ":ckpt-step-" in name else shown
 
 
 @router.get("/models/{model:path}", summary="One model")
 def get_model(model: str, hub: HubDep, who: KeyHolder) -> dict[str, Any]:
     found = hub.find_model(model, who, field="model")
-    return {"id": model, "object": "model", "created": 0, "owned_by": found.owner}
+    return _model(model, 0, found.owner)
 
 
 @router.post("/chat/completions", summary="Chat with a model", openapi_extra=_BODY)
