@@ -69,6 +69,18 @@ class Settings(BaseModel):
     """Of that model's weights (LOAD_IN_8BIT)."""
     load_in_4bit: bool = False
     """(LOAD_IN_4BIT)"""
+    api_keys_file: Path | None = None
+    """Of an engine that runs by itself: hashes of keys, as `tunesmith keys create --file` adds."""
+    runtime_dir: Path | None = None
+    """Where several processes of one server agree on a model; empty: a folder of their own."""
+    rate_limit: str = Field("", max_length=200)
+    """Of generating, for each key, or address without one: `10/minute`, `10/minute;100/hour`."""
+    rate_limit_storage: str = Field("async+memory://", max_length=2048)
+    """Each process counts by itself, or all together in `async+redis://HOST:PORT`."""
+    multiproc_dir: str = Field(
+        default_factory=lambda: os.environ.get("PROMETHEUS_MULTIPROC_DIR", ""), max_length=4096
+    )
+    """Where several processes of one server keep their metrics (PROMETHEUS_MULTIPROC_DIR)."""
     should_fork_trainers: bool = True
     """Keep a process with torch imported to fork trainers and engines from."""
     hub_cache: Path = Field(default_factory=lambda: _hub_cache(os.environ))
@@ -124,6 +136,8 @@ class Settings(BaseModel):
     reserve_bytes: int = Field(16 << 20, ge=0)
     """Kept free beside the database, so that a full disk can be told of and healed."""
     log_level: str = "INFO"
+    log_format: Literal["text", "json"] = "text"
+    """json: an object a line."""
     server_log_bytes: int = Field(16 << 20, ge=4096)
 
     @classmethod

@@ -47,6 +47,7 @@ _SHARED = (
     "memory_reserve_bytes",
     "heartbeat_seconds",
     "max_log_bytes",
+    "log_format",
     "should_fork_trainers",
     "log_level",
     "bell",

@@ -1,21 +1,29 @@
 """The engine's HTTP surface: the inference contract, OpenAI's routes, adapters by name."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
+from starlette.middleware.cors import CORSMiddleware
 
-from tunesmith.infer import faults
+from tunesmith import VERSION
+from tunesmith.exposition import CONTENT_TYPE, exposition
+from tunesmith.infer import faults, gauges
 from tunesmith.infer.completions import add_completions
 from tunesmith.infer.door import Door
 from tunesmith.infer.house import House
 from tunesmith.infer.lora import add_adapters
 from tunesmith.infer.routes import add_contract
+from tunesmith.rates import Rates
+from tunesmith.settings import Settings
 
 
-def make_app(house: House) -> FastAPI:
-    """The app of one engine process. Its lifespan starts and ends the engine's thread."""
+def make_app(house: House, settings: Settings, is_public: bool = False) -> FastAPI:
+    """The app of one engine process. Its lifespan starts and ends the engine's thread.
+
+    `is_public`: whoever asks is no API of ours, so there are docs, rates, and pages that may ask.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -23,13 +31,40 @@ def make_app(house: House) -> FastAPI:
         yield
         house.close()
 
-    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    app.add_middleware(Door, key=house.key)
+    app = _documented(lifespan) if is_public else _plain(lifespan)
+    origins = settings.cors_origins if is_public else ()
+    rates = Rates(settings.rate_limit if is_public else "", settings.rate_limit_storage)
+    app.add_middleware(Door, keyring=house.keyring, rates=rates, origins=origins)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"]
+        )
     faults.install(app)
     add_completions(app, house)
     add_contract(app, house)
     add_adapters(app, house)
     _add_descriptions(app, house)
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        gauges.look(house.now)
+        return Response(exposition(settings.multiproc_dir), media_type=CONTENT_TYPE)
+
+    return app
+
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def _plain(lifespan: Lifespan) -> FastAPI:
+    return FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+
+
+def _documented(lifespan: Lifespan) -> FastAPI:
+    from fastapi_offline import FastAPIOffline
+
+    title = "Tunesmith: inference"
+    app: FastAPI = FastAPIOffline(title=title, version=VERSION, lifespan=lifespan)
     return app
 
 

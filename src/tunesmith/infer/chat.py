@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from tunesmith.errors import BadRequestError
 from tunesmith.infer.engine import Ask, Engine, Stream
+from tunesmith.infer.gauges import Pace
 from tunesmith.infer.guide import Grammar
 from tunesmith.infer.logprobs import Said
 from tunesmith.infer.voices import Voice
@@ -104,10 +105,11 @@ async def reply(stream: Stream, tokenizer: Tokenizer) -> AsyncGenerator[Piece, N
     Every token brings a piece, if with empty text. Closing it closes the stream.
     """
     writers = [Writer(tokenizer, each.sampling) for each in stream.sequences]
-    open_ones = set(range(len(writers)))
+    open_ones, pace = set(range(len(writers))), Pace(len(writers))
     try:
         while open_ones:
             token = await stream.next()
+            pace.mark(token.index)
             if token.index not in open_ones:
                 continue
             delta, said = writers[token.index].write(token)

@@ -1,28 +1,43 @@
-"""What every request passes: its number, the key, one shape for errors, one line in the log."""
+"""What every request passes: its number, key and rate, one shape for errors, a line in the log."""
 
-import hmac
 import logging
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
+import torch
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tunesmith.errors import AuthenticationError, TuningAPIError
-from tunesmith.infer import contract
+from tunesmith import journal
+from tunesmith.errors import PermissionError, TuningAPIError
+from tunesmith.infer import contract, gauges
+from tunesmith.infer.keyring import Keyring
+from tunesmith.rates import Rates
+from tunesmith.spec import scopes
 
 log = logging.getLogger(__name__)
-OPEN_PATHS = {"/health"}
+OPEN_PATHS = ("/health", "/docs", "/redoc", "/openapi.json", "/static-offline-docs")
+GENERATING = ("/generate", "/chat", "/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+LOADING = ("/load_model", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+_QUIET = ("/health", "/metrics")
+_KNOWN = frozenset((*OPEN_PATHS, *GENERATING, *LOADING, "/metrics", "/model_info", "/v1/models"))
+_LOCAL = {"localhost", "127.0.0.1", "::1"}
 
 
 class Door:
     """ASGI middleware around the whole app."""
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
+    def __init__(
+        self, app: ASGIApp, keyring: Keyring, rates: Rates, origins: Sequence[str] = ()
+    ) -> None:
         self._app = app
-        self._key = key.encode()
+        self._keyring = keyring
+        self._rates = rates
+        self._origins = frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,20 +60,39 @@ class Door:
         finally:
             if served := state.get("served"):
                 served.let_go()
-            if scope["path"] not in OPEN_PATHS:
-                _log_line(scope, status, time.monotonic() - began)
+            if scope["path"] not in _QUIET:
+                _note(scope, status, began)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._key and scope["path"] not in OPEN_PATHS and not self._is_allowed(scope):
-            error = AuthenticationError("send the engine's key as Authorization: Bearer <key>")
-            await error_response(error, scope["path"])(scope, receive, send)
+        path = scope["path"]
+        try:
+            if not path.startswith(OPEN_PATHS):
+                await self._admit(scope)
+        except TuningAPIError as error:
+            await error_response(error, path)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
-    def _is_allowed(self, scope: Scope) -> bool:
-        kind, _, sent = Headers(scope=scope).get("authorization", "").partition(" ")
-        is_right = hmac.compare_digest(sent.strip().encode(), self._key)
-        return kind.lower() == "bearer" and is_right
+    async def _admit(self, scope: Scope) -> None:
+        headers, path = Headers(scope=scope), scope["path"]
+        wanted: scopes.Scope = "load" if path in LOADING else "infer"
+        holder = self._keyring.admit(headers, wanted)
+        if holder is None:
+            self._refuse_foreign_page(headers)
+        if path in GENERATING:
+            client = scope.get("client") or ("unknown", 0)
+            await self._rates.spend(holder.name if holder else client[0])
+
+    def _refuse_foreign_page(self, headers: Headers) -> None:
+        """Where no key is wanted, any page in a browser of this machine could ask."""
+        origin = headers.get("origin")
+        if origin is None or origin in self._origins:
+            return
+        told = urlsplit(origin)
+        if told.hostname not in _LOCAL and told.netloc != headers.get("host"):
+            raise PermissionError(
+                f"pages of {origin[:200]!r} may not ask here; TUNESMITH_CORS_ORIGINS lets them"
+            )
 
 
 def error_body(error: TuningAPIError) -> dict[str, Any]:
@@ -85,15 +119,27 @@ def error_response(error: TuningAPIError, path: str = "") -> JSONResponse:
     return JSONResponse(body, status, headers)
 
 
-def _log_line(scope: Scope, status: int, seconds: float) -> None:
-    usage = scope["state"].get("usage")
-    log.info(
-        "%s %s %s status=%s seconds=%.3f prompt_tokens=%s completion_tokens=%s",
-        scope["state"]["id"],
-        scope["method"],
-        scope["path"].encode("unicode_escape").decode()[:200],
-        status or "gone",
-        seconds,
-        usage.prompt_tokens if usage else 0,
-        usage.completion_tokens if usage else 0,
+def _note(scope: Scope, status: int, began: float) -> None:
+    """One line in the log, and the counts."""
+    state, now = scope["state"], time.monotonic()
+    usage = state.get("usage")
+    prompt, completion = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+    route = scope["path"] if scope["path"] in _KNOWN else "other"
+    gauges.REQUESTS.labels(route, str(status or "gone")).inc()
+    gauges.SECONDS.labels(route).observe(now - began)
+    gauges.PROMPT_TOKENS.inc(prompt)
+    gauges.COMPLETION_TOKENS.inc(completion)
+    journal.tell(
+        log,
+        {
+            "request_id": state["id"],
+            "method": scope["method"],
+            "path": scope["path"].encode("unicode_escape").decode()[:200],
+            "status": status or "gone",
+            "seconds": round(now - began, 4),
+            "generation_seconds": round(now - state.get("taken", now), 4),
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "gpu_memory_bytes": torch.cuda.memory_allocated(),
+        },
     )

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from fastapi import Request
 
 from tunesmith.errors import NotReadyError
 from tunesmith.infer.engine import Engine
+from tunesmith.infer.keyring import Keyring
 from tunesmith.infer.voices import Voice, Voices
 
 if TYPE_CHECKING:
@@ -64,12 +66,12 @@ class House:
         self,
         served: Served | None,
         loader: "Loader",
-        key: str = "",
+        keyring: Keyring | None = None,
         max_body_bytes: int = 16 << 20,
     ) -> None:
         self.served = served
         self.loader = loader
-        self.key = key
+        self.keyring = keyring or Keyring()
         self.max_body_bytes = max_body_bytes
         self._swap = asyncio.Lock()
         self._is_open = asyncio.Event()
@@ -84,6 +86,11 @@ class House:
         if self.served is not None:
             self.served.engine.close()
 
+    @property
+    def now(self) -> Served | None:
+        """What answers new requests."""
+        return self.served
+
     async def take(self, request: Request) -> Served:
         """The model that answers this request, to its end, whatever is loaded meanwhile.
 
@@ -95,6 +102,7 @@ class House:
         if getattr(request.state, "served", None) is None:
             self.served.take()
             request.state.served = self.served
+            request.state.taken = time.monotonic()
         served: Served = request.state.served
         return served
 

@@ -25,12 +25,16 @@ from typing import TextIO
 import torch
 import transformers
 import uvicorn
+from fastapi import FastAPI
 
 from tunesmith.errors import BadRequestError, TuningAPIError
 from tunesmith.infer.app import make_app
 from tunesmith.infer.house import House
+from tunesmith.infer.keyring import Keyring
 from tunesmith.infer.loading import PRECISIONS, Loader, Wanted
 from tunesmith.infer.scheduler import Limits
+from tunesmith.journal import formatter
+from tunesmith.settings import Settings
 
 log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
@@ -62,12 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     May be called in a process forked from one that has this module imported and no threads.
     """
     options = _parser().parse_args(argv)
+    settings = Settings.read()
     if options.die_with_parent:
         die_with_parent(options.parent_pid)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    layout = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(level=options.log_level, format=layout, force=True)
+    written = logging.StreamHandler()
+    written.setFormatter(formatter(settings.log_format))
+    logging.basicConfig(level=options.log_level, handlers=[written], force=True)
     with _announcements() as out:
         try:
             start = _start(options)
@@ -79,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             log.exception("the engine cannot start")
             _say(out, {"type": "failed", "message": str(error)[:4000] or type(error).__name__})
             return 1
-        server = _Server(house, out, start.grace_seconds)
+        server = _Server(make_app(house, settings), out, start.grace_seconds)
         asyncio.run(server.serve(sockets=[listener]))
     return 0
 
@@ -94,14 +100,13 @@ def furnish(start: Start) -> House:
         waiting=start.waiting,
     )
     wanted = Wanted(start.model, start.model_name, start.precision, start.adapters)
-    return House(loader(wanted), loader, start.key, start.max_body_bytes)
+    return House(loader(wanted), loader, Keyring(start.key), start.max_body_bytes)
 
 
 class _Server(uvicorn.Server):
     """Uvicorn's server, which announces itself and ends with status 0 on SIGTERM."""
 
-    def __init__(self, house: House, out: TextIO, grace_seconds: int) -> None:
-        app = make_app(house)
+    def __init__(self, app: FastAPI, out: TextIO, grace_seconds: int) -> None:
         super().__init__(
             uvicorn.Config(
                 app,

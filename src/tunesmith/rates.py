@@ -1,0 +1,37 @@
+"""How often one may ask: `10/minute`, for each key, or address where no key is shown."""
+
+import math
+import time
+
+from tunesmith.errors import BadRequestError, RateLimitError
+
+MEMORY = "async+memory://"
+
+
+class Rates:
+    """Counts in this process, or in a Redis that several share (`async+redis://…`)."""
+
+    def __init__(self, rule: str, storage: str = MEMORY) -> None:
+        """An empty rule limits nothing. Raises BadRequestError where it is none."""
+        from limits import parse_many
+        from limits.aio.strategies import MovingWindowRateLimiter
+        from limits.storage import storage_from_string
+
+        try:
+            self._rules = parse_many(rule) if rule else []
+            more = {} if storage == MEMORY else {"implementation": "redispy"}
+            self._limiter = MovingWindowRateLimiter(storage_from_string(storage, **more))
+        except (ValueError, LookupError, ImportError) as error:
+            raise BadRequestError(
+                f"the rate limit {rule!r} (kept in {storage}) cannot be: {error}; "
+                "write it as 10/minute, or 10/minute;100/hour"
+            ) from None
+
+    async def spend(self, who: str) -> None:
+        """Raises RateLimitError (429) with the seconds until there is room again."""
+        for rule in self._rules:
+            if not await self._limiter.hit(rule, who):
+                window = await self._limiter.get_window_stats(rule, who)
+                error = RateLimitError(f"over {rule}; ask again later", error_code="rate_limited")
+                error.retry_after = max(1, math.ceil(window.reset_time - time.time()))
+                raise error
