@@ -442,7 +442,7 @@ def test_a_model_that_is_served_otherwise_gets_no_name_and_keeps_its_files(house
     """The base is changed under a job that trains an adapter on it."""
     base = house.workspace / "models" / "changed"
     shutil.copytree(house.workspace / "models" / "tiny", base)
-    job_id = house.submit(model_name="models/changed", max_steps=400, suffix="other")
+    job_id = house.submit(model_name="models/changed", num_epochs=25, suffix="other")
     house.wait_event(job_id, "step")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
