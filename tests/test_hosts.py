@@ -184,7 +184,7 @@ def _worker(tmp_path: Path, *arguments: str) -> "subprocess.CompletedProcess[str
 def test_a_worker_says_what_is_wrong_with_its_first_words(house: House, tmp_path: Path) -> None:
     without = _worker(tmp_path, "--server", house.url)
     assert without.returncode == 2
-    assert "tunesmith keys make --worker" in without.stderr
+    assert "tunesmith keys create --worker" in without.stderr
     wrong = _worker(tmp_path, "--server", house.url, "--token", "sk-wrong")
     assert wrong.returncode == 1
     assert "refuses this key" in wrong.stderr

@@ -668,4 +668,4 @@ def test_a_server_without_a_key_refuses_to_listen_to_others(tmp_path: Path) -> N
         check=False,
     )
     assert started.returncode != 0
-    assert "tunesmith keys make" in started.stderr
+    assert "tunesmith keys create" in started.stderr

@@ -14,9 +14,16 @@ from tunesmith.api.deps import HubDep
 from tunesmith.errors import AuthenticationError, PermissionError
 from tunesmith.hub import Hub
 from tunesmith.hub.principal import Principal, is_loopback
+from tunesmith.spec.scopes import Scope
 
 LOOPBACK_ORIGIN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?"
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9.]+)(:\d{1,5})?", re.IGNORECASE)
+INFERENCE = frozenset(
+    (
+        *("/generate", "/chat", "/model_info", "/metrics"),
+        *("/v1/chat/completions", "/v1/completions", "/v1/embeddings"),
+    )
+)
 _FORWARDED = ("forwarded", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip", "via")
 
 
@@ -57,7 +64,7 @@ async def worker(request: Request, hub: HubDep) -> Principal:
     principal = _known(request, hub, key)
     if not (principal.is_worker or principal.is_operator):
         raise PermissionError(
-            "this route is for workers; make a key for one: tunesmith keys make --worker"
+            "this route is for workers; make a key for one: tunesmith keys create --worker"
         )
     return principal
 
@@ -104,7 +111,19 @@ def _holder(request: Request, hub: Hub, key: str) -> Principal:
     principal = _known(request, hub, key)
     if principal.is_worker:
         raise PermissionError("this is a worker's key; it opens the workers' routes only")
+    wanted = scope_of(request.url.path)
+    if wanted is not None and wanted not in principal.scopes:
+        raise PermissionError(f"this key does not open this: it lacks the scope {wanted!r}")
     return principal
+
+
+def scope_of(path: str) -> Scope | None:
+    """What a key must have to come in there; None where any will do."""
+    if path.startswith("/v1/models"):
+        return None
+    if path == "/load_model":
+        return "load"
+    return "infer" if path in INFERENCE else "train"
 
 
 def _known(request: Request, hub: Hub, key: str) -> Principal:

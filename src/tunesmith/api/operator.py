@@ -8,6 +8,7 @@ from pydantic import Field
 from tunesmith.api.auth import operator
 from tunesmith.api.deps import HubDep
 from tunesmith.api.strict import StrictRoute
+from tunesmith.spec.scopes import SCOPES, Scope
 from tunesmith.spec.strict import Name, Strict
 
 router = APIRouter(
@@ -29,11 +30,12 @@ class NewKey(Strict):
     owner: str = Field(min_length=1, max_length=200)
     label: str = Field("", max_length=200)
     is_worker: bool = False
+    scopes: tuple[Scope, ...] | None = Field(None, min_length=1, max_length=len(SCOPES))
 
 
 @router.post("/keys", status_code=201)
 def make_key(body: NewKey, hub: HubDep) -> dict[str, Any]:
-    return hub.make_key(body.owner, body.label, body.is_worker)
+    return hub.make_key(body.owner, body.label, body.is_worker, body.scopes)
 
 
 @router.get("/keys")

@@ -294,7 +294,7 @@ def _refuse_open_doors(settings: Settings, hub: Hub) -> None:
     if not is_loopback(settings.host) and not hub.store.read(keys.has_any):
         raise BadRequestError(
             f"refusing to listen on {settings.host} without a key: anyone could train and read "
-            "here. Make one first: tunesmith keys make --owner NAME"
+            "here. Make one first: tunesmith keys create --owner NAME"
         )
 
 

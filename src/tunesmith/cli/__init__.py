@@ -49,6 +49,7 @@ _is_debugging = False
 app.command()(serve.up)
 app.command()(serve.api)
 app.command()(serve.worker)
+app.command()(serve.serve)
 app.add_typer(train.train, name="train")
 app.add_typer(jobs.jobs, name="jobs")
 app.command()(jobs.logs)

@@ -20,6 +20,7 @@ from tunesmith.cli.place import (
 )
 from tunesmith.cli.terminal import (
     NOT_FOUND,
+    USAGE,
     CommandError,
     show,
     show_json,
@@ -27,6 +28,7 @@ from tunesmith.cli.terminal import (
     suggest,
     tell,
 )
+from tunesmith.spec.scopes import SCOPES
 
 models = typer.Typer(no_args_is_help=True, help="Names of local models.")
 data = typer.Typer(no_args_is_help=True, help="Data sets: checked, shown, given names.")
@@ -41,7 +43,7 @@ class Office(Protocol):
     def add(self, kind: str, name: str, path: str) -> dict[str, Any]: ...
     def names(self, kind: str) -> list[dict[str, Any]]: ...
     def forget(self, kind: str, name: str) -> None: ...
-    def make_key(self, owner: str, label: str, is_worker: bool) -> dict[str, Any]: ...
+    def make_key(self, wanted: dict[str, Any]) -> dict[str, Any]: ...
     def list_keys(self) -> list[dict[str, Any]]: ...
     def revoke_key(self, key_id: str) -> None: ...
 
@@ -126,21 +128,40 @@ def remove_data(
         _forget(place, "data", name)
 
 
-@keys.command("make")
+@keys.command("create")
+@keys.command("make", hidden=True)
 def make_key(
     owner: Annotated[str, typer.Option(help="Whose jobs the key sees.")] = "operator",
     label: Annotated[str, typer.Option(help="What it is for.")] = "",
     is_worker: Annotated[
         bool, typer.Option("--worker", help="For hosts that train: it opens nothing else.")
     ] = False,
+    scopes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scope", help="What it opens: train, infer, load (default: all). May be repeated."
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Add its hash to this file, for `tunesmith serve --keys`; no server is asked."
+        ),
+    ] = None,
     server: ServerOption = None,
     api_key: KeyOption = None,
     workspace: WorkspaceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a key. It is shown this once; from the first one on, every route wants a key."""
+    _refuse_unknown(scopes or [])
+    if file is not None:
+        show(_into_file(file, scopes, label))
+        tell(f"Keep it now: it is not shown again. {str(file)!r} holds its hash.")
+        return
+    wanted = {"owner": owner, "label": label, "is_worker": is_worker}
     with office(server, api_key, workspace) as place:
-        made = place.make_key(owner, label, is_worker)
+        made = place.make_key(wanted | ({"scopes": scopes} if scopes else {}))
     if as_json:
         show_json(made)
         return
@@ -151,6 +172,28 @@ def make_key(
         return
     tell("Keep it now: it is not shown again. Every request wants a key from here on.")
     suggest("export TUNESMITH_API_KEY=sk-…")
+
+
+def _refuse_unknown(scopes: list[str]) -> None:
+    for each in scopes:
+        if each not in SCOPES:
+            told = near_name(each, SCOPES) or f"; there are {', '.join(SCOPES)}"
+            raise CommandError(f"no scope {each!r}{told}", code=USAGE)
+
+
+def _into_file(file: Path, scopes: list[str] | None, label: str) -> str:
+    """A new key, of which the file keeps the hash."""
+    import hashlib
+    import secrets
+
+    key = "sk-" + secrets.token_urlsafe(32)
+    line = hashlib.sha256(key.encode()).hexdigest()
+    line += " " + ",".join(scopes) if scopes else ""
+    line += "  # " + " ".join(label.split()) if label else ""
+    file.touch(mode=0o600)
+    with file.open("a", encoding="utf-8") as out:
+        out.write(line + "\n")
+    return key
 
 
 @keys.command("ls")
@@ -219,8 +262,7 @@ class _Remote:
     def forget(self, kind: str, name: str) -> None:
         self._ask("DELETE", f"{kind}/{quote(name, safe='')}")
 
-    def make_key(self, owner: str, label: str, is_worker: bool) -> dict[str, Any]:
-        wanted = {"owner": owner, "label": label, "is_worker": is_worker}
+    def make_key(self, wanted: dict[str, Any]) -> dict[str, Any]:
         return dict(self._ask("POST", "keys", wanted))
 
     def list_keys(self) -> list[dict[str, Any]]:
@@ -244,8 +286,8 @@ class _Local:
     def forget(self, kind: str, name: str) -> None:
         self._hub.forget(kind, name)
 
-    def make_key(self, owner: str, label: str, is_worker: bool) -> dict[str, Any]:
-        return dict(self._hub.make_key(owner, label, is_worker))
+    def make_key(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        return dict(self._hub.make_key(**wanted))
 
     def list_keys(self) -> list[dict[str, Any]]:
         return list(self._hub.list_keys())
@@ -300,6 +342,8 @@ def _rows(entries: list[dict[str, Any]]) -> None:
 def _cell(name: str, value: Any) -> Any:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list):
+        return ",".join(value)
     if name.endswith("_at") and isinstance(value, int | float):
         from datetime import UTC, datetime
 

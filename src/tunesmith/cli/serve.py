@@ -1,4 +1,4 @@
-"""Starting things: `up`, `api`, `worker`."""
+"""Starting things: `up`, `api`, `worker`, `serve`."""
 
 import logging
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tunesmith.cli.place import WorkspaceOption, settings_for
-from tunesmith.cli.terminal import USAGE, CommandError, tell
+from tunesmith.cli.terminal import NOT_FOUND, USAGE, CommandError, tell
 
 if TYPE_CHECKING:
     from tunesmith.settings import Settings
@@ -58,6 +58,50 @@ def api(
     _serve(role, not no_worker, host, port, reload, workspace, bell)
 
 
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="PATH", help="The model's folder, or an adapter's (MODEL_PATH)."),
+    ] = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    load_in_8bit: Annotated[
+        bool | None, typer.Option("--load-in-8bit", help="Keep the weights in 8 bits.")
+    ] = None,
+    load_in_4bit: Annotated[
+        bool | None, typer.Option("--load-in-4bit", help="Keep the weights in 4 bits.")
+    ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            "--keys",
+            metavar="FILE",
+            help="Keys that may ask, as `tunesmith keys create --file FILE` adds them "
+            "(default: nobody needs one).",
+        ),
+    ] = None,
+    reload: ReloadOption = False,
+) -> None:
+    """Serve one model by itself, without jobs: /generate, /chat, and OpenAI's routes.
+
+    Without PATH it starts without a model; POST /load_model loads one.
+    """
+    settings = settings_for(
+        host=host,
+        port=port,
+        model_path=model,
+        load_in_8bit=load_in_8bit,
+        load_in_4bit=load_in_4bit,
+        api_keys_file=keys,
+    )
+    if model is not None and not Path(model).expanduser().is_dir():
+        raise CommandError(f"no model folder at {model!r}", "give the folder's path", NOT_FOUND)
+    if settings.load_in_8bit and settings.load_in_4bit:
+        raise CommandError("8-bit and 4-bit weights exclude each other", "choose one", USAGE)
+    run = _needs_server_extra("tunesmith.infer.standalone", "serve")
+    raise typer.Exit(run(settings, reload=reload))
+
+
 def worker(
     server: Annotated[
         str | None,
@@ -71,7 +115,7 @@ def worker(
 ) -> None:
     """Start this host's worker: it claims jobs and runs their trainers.
 
-    On a host that does not see the API's folder it needs a key (`tunesmith keys make --worker`);
+    On a host that does not see the API's folder it needs a key (`tunesmith keys create --worker`);
     then --workspace is a folder of its own, for what it fetches and makes.
     """
     settings = settings_for(workspace)
@@ -92,7 +136,7 @@ def _introduce(server: str, token: str | None, settings: "Settings") -> None:
     if not token:
         raise CommandError(
             "a worker of another host shows the API a key",
-            "make one where the API is (tunesmith keys make --worker), then --token KEY, or "
+            "make one where the API is (tunesmith keys create --worker), then --token KEY, or "
             "TUNESMITH_WORKER_TOKEN",
             USAGE,
         )
@@ -126,7 +170,7 @@ def _serve(
     )
 
 
-def _needs_server_extra(module: str):  # type: ignore[no-untyped-def]
+def _needs_server_extra(module: str, extra: str = "server"):  # type: ignore[no-untyped-def]
     from importlib import import_module
 
     try:
@@ -135,5 +179,5 @@ def _needs_server_extra(module: str):  # type: ignore[no-untyped-def]
         if (error.name or "").partition(".")[0] == "tunesmith":
             raise
         raise CommandError(
-            f"{error.name} is not installed", "pip install 'tunesmith[server]'"
+            f"{error.name} is not installed", f"pip install 'tunesmith[{extra}]'"
         ) from None

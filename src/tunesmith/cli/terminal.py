@@ -84,7 +84,7 @@ def _hint(error: Exception) -> str:
     if isinstance(error, ConnectionError):
         return "start a server with `tunesmith up`, or name one with --server URL"
     if isinstance(error, AuthenticationError):
-        return "give a key with --api-key or TUNESMITH_API_KEY; `tunesmith keys make` makes one"
+        return "give a key with --api-key or TUNESMITH_API_KEY; `tunesmith keys create` makes one"
     if isinstance(error, TuningAPIError) and error.status_code >= 500:
         return "the server's log says more: logs/tunesmith.log in its workspace"
     return ""

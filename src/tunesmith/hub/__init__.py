@@ -5,7 +5,7 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -44,6 +44,7 @@ from tunesmith.hub.webhooks import Webhooks
 from tunesmith.settings import Settings
 from tunesmith.spec.estimate import Estimate, Forecast
 from tunesmith.spec.records import Job, JobEvent, JobState, StopMode
+from tunesmith.spec.scopes import SCOPES, Scope
 from tunesmith.store import catalog, events, jobs, listing, mirrors, tables
 from tunesmith.store import keys as key_rows
 from tunesmith.store.database import Store
@@ -333,10 +334,16 @@ class Hub:
     def forget(self, kind: str, name: str) -> None:
         self.store.write(lambda tx: catalog.remove(tx, _kind(kind), name)).result()
 
-    def make_key(self, owner: str, label: str = "", is_worker: bool = False) -> dict[str, Any]:
+    def make_key(
+        self,
+        owner: str,
+        label: str = "",
+        is_worker: bool = False,
+        scopes: Sequence[Scope] | None = None,
+    ) -> dict[str, Any]:
         """The key itself is in the answer, and nowhere else."""
-        made = self.store.write(lambda tx: key_rows.make(tx, owner, label, is_worker)).result()
-        row, text = made
+        work = partial(key_rows.make, owner=owner, name=label, is_worker=is_worker, scopes=scopes)
+        row, text = self.store.write(work).result()
         self.keys.forget()
         found = {"id": row.id, "key": text, "owner": row.owner, "label": row.name}
         return found | {"is_worker": True} if is_worker else found
@@ -351,6 +358,7 @@ class Hub:
                 "created_at": row.created_at,
                 "is_revoked": row.revoked_at is not None,
                 "is_worker": row.is_worker,
+                "scopes": list(row.scopes or SCOPES),
             }
             for row in self.store.read(key_rows.list_keys)
         ]

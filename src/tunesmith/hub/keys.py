@@ -9,6 +9,7 @@ from pathlib import Path
 from tunesmith.hub.principal import TEST_KEYS, Principal, is_loopback
 from tunesmith.manifest import write_durably
 from tunesmith.settings import Settings
+from tunesmith.spec.scopes import SCOPES
 from tunesmith.store import keys as rows
 from tunesmith.store.database import Store
 
@@ -46,7 +47,7 @@ class Keys:
         seen = self._found.get(key)
         if seen is None or now - seen[0] > CACHE_SECONDS:
             row = self._store.read(lambda tx: rows.find(tx, key))
-            principal = None if row is None else Principal(row.owner, is_worker=row.is_worker)
+            principal = None if row is None else _principal(row)
             if len(self._found) > 10_000:
                 self._found.clear()
             seen = self._found[key] = (now, principal)
@@ -60,6 +61,11 @@ class Keys:
     def _test_owner(self, key: str) -> Principal:
         owner = TEST_KEYS[key]
         return Principal(owner, sees_all=owner == Principal.local().owner)
+
+
+def _principal(row: rows.Key) -> Principal:
+    scopes = frozenset(SCOPES if row.scopes is None else row.scopes)
+    return Principal(row.owner, is_worker=row.is_worker, scopes=scopes)
 
 
 def worker_token(home: Path) -> str:

@@ -4,6 +4,8 @@ import ipaddress
 from dataclasses import dataclass
 from functools import lru_cache
 
+from tunesmith.spec.scopes import SCOPES, Scope
+
 TEST_KEYS = {"test-key-001": "test-key-001", "test-key-002": "test-key-002"}
 """Key → owner: good on loopback until the operator makes the first key."""
 LOCAL_OWNER = "test-key-001"
@@ -16,6 +18,8 @@ class Principal:
     is_operator: bool = False
     is_worker: bool = False
     """A host that trains: the workers' routes are open to it, and no other."""
+    scopes: frozenset[Scope] = frozenset(SCOPES)
+    """What else is open to it."""
 
     @classmethod
     def local(cls) -> "Principal":

@@ -1,5 +1,6 @@
 """The engine's HTTP surface: the inference contract, OpenAI's routes, adapters by name."""
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -72,7 +73,8 @@ def _add_descriptions(app: FastAPI, house: House) -> None:
     @app.get("/health")
     async def health() -> dict[str, Any]:
         if house.served is None:
-            return {"status": "healthy", "model_loaded": False, "model_name": None, "device": None}
+            nothing = {"model_loaded": False, "model_name": None, "device": None}
+            return {"status": "healthy", **nothing, "pid": os.getpid()}
         served = house.served
         scheduler = served.engine.scheduler
         return {
@@ -85,6 +87,7 @@ def _add_descriptions(app: FastAPI, house: House) -> None:
             "steps": served.engine.steps,
             "cache_blocks_free": scheduler.free_blocks,
             "cache_blocks": served.engine.limits.blocks,
+            "pid": os.getpid(),
         }
 
     @app.get("/v1/models")

@@ -17,6 +17,7 @@ from tunesmith.infer.keyring import Keyring
 from tunesmith.infer.voices import Voice, Voices
 
 if TYPE_CHECKING:
+    from tunesmith.infer.fellows import Fellows
     from tunesmith.infer.loading import Loader, Wanted
 
 log = logging.getLogger(__name__)
@@ -37,10 +38,17 @@ class Served:
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One adapter is loaded or unloaded at a time."""
     is_free: asyncio.Event = field(default_factory=asyncio.Event)
+    _is_started: bool = False
 
     @property
     def model_name(self) -> str:
         return self.wanted.name
+
+    def start(self) -> None:
+        """On the running loop; started again, nothing happens."""
+        if not self._is_started:
+            self._is_started = True
+            self.engine.start(asyncio.get_running_loop())
 
     def take(self) -> None:
         self.users += 1
@@ -73,6 +81,8 @@ class House:
         self.loader = loader
         self.keyring = keyring or Keyring()
         self.max_body_bytes = max_body_bytes
+        self.fellows: Fellows | None = None
+        """Other processes that serve the same."""
         self._swap = asyncio.Lock()
         self._is_open = asyncio.Event()
         self._is_open.set()
@@ -80,7 +90,7 @@ class House:
 
     def open(self) -> None:
         if self.served is not None:
-            self.served.engine.start(asyncio.get_running_loop())
+            self.served.start()
 
     def close(self) -> None:
         if self.served is not None:
@@ -112,6 +122,8 @@ class House:
         Beside the old model where memory allows, else after the last request of the old one, and
         new ones wait. Raises what the loader does, and then the old one serves on.
         """
+        if self.fellows is not None:
+            return await self.fellows.load(wanted)
         async with self._swap:
             if self.served is None or await asyncio.to_thread(self.loader.fits, wanted):
                 return self.put(await self.prepare(wanted))
@@ -123,7 +135,7 @@ class House:
 
     def put(self, fresh: Served) -> Served:
         """From here on it answers."""
-        fresh.engine.start(asyncio.get_running_loop())
+        fresh.start()
         old, self.served = self.served, fresh
         if old is not None:
             self._later(_end(old))

@@ -26,6 +26,7 @@ def add_adapters(app: FastAPI, house: House) -> None:
     @app.post("/v1/load_lora_adapter")
     async def load_lora_adapter(request: Request) -> dict[str, str]:
         asked = validate(LoadAdapter, await read_json(request, house.max_body_bytes))
+        _refuse_several(house)
         served = await house.take(request)
         async with served.loading:
             if asked.lora_name in served.voices:
@@ -38,6 +39,7 @@ def add_adapters(app: FastAPI, house: House) -> None:
     @app.post("/v1/unload_lora_adapter")
     async def unload_lora_adapter(request: Request) -> dict[str, str]:
         asked = validate(UnloadAdapter, await read_json(request, house.max_body_bytes))
+        _refuse_several(house)
         served = await house.take(request)
         async with served.loading:
             voice = served.voices.get(asked.lora_name)
@@ -52,3 +54,11 @@ async def _load_adapter(served: Served, name: str, folder: Path) -> Voice:
     renderer = await asyncio.to_thread(renderer_of, folder, served.base.renderer)
     await served.engine.load_adapter(name, folder)
     return Voice.of(name, folder, renderer, adapter=name, parent=served.base.name)
+
+
+def _refuse_several(house: House) -> None:
+    if house.fellows is not None:
+        raise ConflictError(
+            "this server has several processes, and an adapter would reach one of them; load it "
+            "as the model with /load_model, or serve with one process"
+        )

@@ -26,6 +26,7 @@ import torch
 import transformers
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from tunesmith.errors import BadRequestError, TuningAPIError
 from tunesmith.infer.app import make_app
@@ -233,6 +234,15 @@ def _between(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return check
+
+
+def __getattr__(name: str) -> ASGIApp:
+    """`app`, for any ASGI server. See `standalone`."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from tunesmith.infer.standalone import Standalone
+
+    return Standalone()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 import hashlib
 import hmac
 import secrets
+from collections.abc import Sequence
 
 from sqlalchemy import insert, select, update
 from sqlalchemy.engine import Connection, RowMapping
 
 from tunesmith.errors import NotFoundError
+from tunesmith.spec.scopes import Scope
 from tunesmith.spec.strict import Strict
 from tunesmith.store.rows import clean
 from tunesmith.store.tables import api_keys, now
@@ -25,9 +27,17 @@ class Key(Strict):
     revoked_at: float | None
     is_worker: bool = False
     """Opens the workers' routes, and nothing else."""
+    scopes: tuple[Scope, ...] | None = None
+    """What it opens; None: everything."""
 
 
-def make(tx: Connection, owner: str, name: str = "", is_worker: bool = False) -> tuple[Key, str]:
+def make(
+    tx: Connection,
+    owner: str,
+    name: str = "",
+    is_worker: bool = False,
+    scopes: Sequence[Scope] | None = None,
+) -> tuple[Key, str]:
     """A new key; its text is known only here and now."""
     text = "sk-" + secrets.token_urlsafe(32)
     row = {
@@ -37,6 +47,7 @@ def make(tx: Connection, owner: str, name: str = "", is_worker: bool = False) ->
         "owner": clean(owner),
         "name": clean(name),
         "is_worker": is_worker,
+        "scopes": None if scopes is None else list(scopes),
     }
     tx.execute(insert(api_keys).values(**row, created_at=now()))
     found = tx.execute(select(api_keys).where(api_keys.c.id == row["id"])).mappings().one()
@@ -58,7 +69,7 @@ def revoke(tx: Connection, key_id: str) -> Key:
     )
     row = tx.execute(select(api_keys).where(api_keys.c.id == key_id)).mappings().first()
     if row is None:
-        raise NotFoundError(f"no key {clean(key_id)[:100]!r}; tunesmith keys list shows them")
+        raise NotFoundError(f"no key {clean(key_id)[:100]!r}; tunesmith keys ls shows them")
     return _to_key(row)
 
 

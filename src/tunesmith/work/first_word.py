@@ -30,7 +30,7 @@ def first_word(server: str, token: str, ca_bundle: str = "") -> str:
     except (AuthenticationError, PermissionError) as error:
         raise Refused(
             f"{server} refuses this key: {error.message}",
-            "make one where the API is: tunesmith keys make --worker",
+            "make one where the API is: tunesmith keys create --worker",
         ) from None
     except NotFoundError:
         raise Refused(f"{server} is an API without workers, or of an earlier version", "") from None
