@@ -303,7 +303,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     (schema({"type": "objekt"}), "response_format.json_schema.schema"),
     (schema({"enum": ["x"] * 5000}), "response_format.json_schema.schema"),
-    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": [{"type": "function"}]}, "tools.0.function"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"min_p": 1.1}, "min_p"),
 ]

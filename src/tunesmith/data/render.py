@@ -73,6 +73,11 @@ class Renderer:
         return self._sources.get("default")
 
     @property
+    def tool_template(self) -> str | None:
+        """The template that is used where tools are given."""
+        return self._sources.get("tool_use") or self.template
+
+    @property
     def template_source(self) -> str:
         """`model`; `alpaca`, `chatml` or `plain` for one of ours."""
         return fallbacks.source_of(self.template or "")
@@ -253,8 +258,7 @@ class Renderer:
         return labels
 
     def _draw(self, messages: Sequence[Message], tools: Tools, asks: bool) -> templates.Rendered:
-        source = self._sources.get("tool_use") if tools else None
-        source = source or self.template
+        source = self.tool_template if tools else self.template
         if source is None:
             raise TemplateError("this model has no chat template")
         template = templates.compiled(source)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunesmith.infer.calls import CallPart
+from tunesmith.infer.chat import Piece
 from tunesmith.infer.lexicon import Lexicon
 from tunesmith.infer.logprobs import Said, chat_logprobs, completion_logprobs
 from tunesmith.spec.chat import Delta
@@ -33,12 +35,44 @@ class Choice:
 
     texts: list[str] = field(default_factory=list)
     said: list[Said] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
     finish: str | None = None
 
-    def add(self, text: str, said: Sequence[Said], finish: str | None) -> None:
-        self.texts.append(text)
-        self.said += said
-        self.finish = finish
+    def add(self, piece: Piece) -> None:
+        self.texts.append(piece.delta.text)
+        self.said += piece.said
+        self.finish = piece.delta.finish
+        for part in piece.calls:
+            if part.id is not None:
+                self.calls.append(_begun(part))
+            else:
+                self.calls[part.index]["function"]["arguments"] += part.arguments
+
+    def message(self) -> dict[str, Any]:
+        text = "".join(self.texts)
+        if not self.calls:
+            return {"role": "assistant", "content": text, "refusal": None}
+        content = text or None
+        calls = self.calls
+        return {"role": "assistant", "content": content, "refusal": None, "tool_calls": calls}
+
+
+def _begun(part: CallPart) -> dict[str, Any]:
+    function = {"name": part.name, "arguments": part.arguments}
+    return {"id": part.id, "type": "function", "function": function}
+
+
+def _delta(piece: Piece) -> dict[str, Any]:
+    """What a chat's chunk brings."""
+    told: dict[str, Any] = {"content": piece.delta.text} if piece.delta.text else {}
+    if piece.calls:
+        told["tool_calls"] = [
+            {"index": part.index, **_begun(part)}
+            if part.id is not None
+            else {"index": part.index, "function": {"arguments": part.arguments}}
+            for part in piece.calls
+        ]
+    return told
 
 
 @dataclass(frozen=True)
@@ -69,13 +103,10 @@ class Form:
         """A chat stream's opening chunk of a choice: the role."""
         return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None, ())
 
-    def piece(
-        self, index: int, text: str, finish: str | None, said: Sequence[Said] = ()
-    ) -> dict[str, Any]:
+    def piece(self, piece: Piece) -> dict[str, Any]:
         """A chunk of a stream."""
-        if self.is_chat:
-            return self._chunk(index, {"delta": {"content": text} if text else {}}, finish, said)
-        return self._chunk(index, {"text": text}, finish, said)
+        told = {"delta": _delta(piece)} if self.is_chat else {"text": piece.delta.text}
+        return self._chunk(piece.index, told, piece.delta.finish, piece.said)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         """The chunk that `include_usage` asks for, after the last choice."""
@@ -86,9 +117,9 @@ class Form:
         return "chat.completion.chunk" if self.is_chat else "text_completion"
 
     def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        text = "".join(choice.texts)
-        message = {"role": "assistant", "content": text, "refusal": None}
-        told = {"message": message} if self.is_chat else {"text": text}
+        told: dict[str, Any] = {"text": "".join(choice.texts)}
+        if self.is_chat:
+            told = {"message": choice.message()}
         return self._choice(index, told, choice.finish or "stop", choice.said)
 
     def _chunk(

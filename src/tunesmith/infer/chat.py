@@ -1,14 +1,15 @@
 """Text in, text out: the engine's human-readable face."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
 from tunesmith.errors import BadRequestError
+from tunesmith.infer.calls import CallPart
 from tunesmith.infer.engine import Ask, Engine, Stream
 from tunesmith.infer.gauges import Pace
 from tunesmith.infer.guide import Grammar
@@ -35,14 +36,20 @@ class Piece:
     delta: Delta
     said: tuple[Said, ...] = ()
     """The tokens whose text begins in it, where log-probabilities were asked for."""
+    calls: tuple[CallPart, ...] = ()
 
 
-async def read_messages(voice: Voice, messages: Sequence[Message], engine: Engine) -> list[int]:
+async def read_messages(
+    voice: Voice,
+    messages: Sequence[Message],
+    engine: Engine,
+    tools: Sequence[dict[str, Any]] = (),
+) -> list[int]:
     """Render a conversation up to where the answer begins."""
     characters = sum(len(each.content or "") for each in messages)
     refuse_hopeless(voice, characters, engine, "messages")
-    size = characters + _MESSAGE_COST * len(messages)
-    return await off_loop(size, lambda: list(voice.renderer.prompt_ids(messages)))
+    size = characters + _MESSAGE_COST * (len(messages) + 10 * len(tools))
+    return await off_loop(size, lambda: list(voice.renderer.prompt_ids(messages, tools)))
 
 
 async def read_text(voice: Voice, text: str, engine: Engine) -> list[int]:
@@ -99,12 +106,15 @@ def ask(
     return Ask(prompt, sampling, stop_ids, voice.adapter, count, guide)
 
 
-async def reply(stream: Stream, tokenizer: Tokenizer) -> AsyncGenerator[Piece, None]:
+async def reply(
+    stream: Stream, tokenizer: Tokenizer, marks: Mapping[int, str] | None = None
+) -> AsyncGenerator[Piece, None]:
     """Yield the stream's text as it becomes certain; the last of each sequence has `finish`.
 
-    Every token brings a piece, if with empty text. Closing it closes the stream.
+    Every token brings a piece, if with empty text. Closing it closes the stream. `marks`: special
+    tokens that are shown all the same.
     """
-    writers = [Writer(tokenizer, each.sampling) for each in stream.sequences]
+    writers = [Writer(tokenizer, each.sampling, marks or {}) for each in stream.sequences]
     open_ones, pace = set(range(len(writers))), Pace(len(writers))
     try:
         while open_ones:

@@ -12,6 +12,7 @@ from tunesmith.errors import BadRequestError, TuningAPIError
 from tunesmith.infer import openai
 from tunesmith.infer.answers import Choice, Form, Usage
 from tunesmith.infer.body import read_json, validate
+from tunesmith.infer.calling import Calling, called
 from tunesmith.infer.chat import (
     Piece,
     ask,
@@ -51,12 +52,16 @@ async def chat(served: Served, request: Request, body: dict[str, Any]) -> Respon
     asked = validate(openai.ChatRequest, body)
     voice = served.voices.get(asked.model)
     messages = [each.message() for each in asked.messages]
-    prompt = await read_messages(voice, messages, served.engine)
+    is_parallel = asked.parallel_tool_calls is not False
+    calling = Calling.of(voice, asked.tools, asked.tool_choice, is_parallel)
+    tools = [each.wire() for each in calling.tools] if calling else []
+    prompt = await read_messages(voice, messages, served.engine, tools)
     default = openai.DEFAULT_CHAT_TOKENS
     room = fit(prompt, *_wanted(asked, asked.asked_tokens, default), served.engine, "messages")
-    grammar = await grammar_of(asked, voice, served.engine.runner.model.shape.vocabulary)
+    vocabulary = served.engine.runner.model.shape.vocabulary
+    grammar = await grammar_of(asked, voice, vocabulary, calling)
     asks = [ask(voice, prompt, asked.sampling(room), asked.count, grammar)]
-    return await _answer(served, request, asked, voice, asks)
+    return await _answer(served, request, asked, voice, asks, calling=calling)
 
 
 async def complete(served: Served, request: Request, body: dict[str, Any]) -> Response:
@@ -122,14 +127,18 @@ async def _answer(
     voice: Voice,
     asks: list[Ask],
     echoes: Sequence[Echo] = (),
+    calling: Calling | None = None,
 ) -> Response:
     """Run the asks; whole or as a stream. The first token comes before the status does."""
     request.state.usage = usage = Usage(sum(len(each.prompt) for each in asks))
     form = await _form(served, request, asked, voice)
     stream = await served.engine.open(asks)
-    pieces = reply(stream, voice.renderer.tokenizer)
+    marks = calling.marks(voice) if calling else None
+    pieces = reply(stream, voice.renderer.tokenizer, marks)
     if echoes:
         pieces = echoed(pieces, stream, echoes)
+    if calling:
+        pieces = called(pieces, calling, len(stream.sequences))
     try:
         if asked.stream:
             first = await unless_gone(request, anext(pieces))
@@ -155,7 +164,7 @@ async def _whole(
     choices = [Choice() for _ in range(count)]
     async for piece in pieces:
         usage.count(piece.delta)
-        choices[piece.index].add(piece.delta.text, piece.said, piece.delta.finish)
+        choices[piece.index].add(piece)
     return Response(to_json(form.whole(choices, usage)), media_type="application/json")
 
 
@@ -176,8 +185,8 @@ async def _frames(
                 if form.is_chat and piece.index not in opened:
                     opened.add(piece.index)
                     yield frame(form.first(piece.index))
-                if delta.text or delta.finish:
-                    yield frame(form.piece(piece.index, delta.text, delta.finish, piece.said))
+                if delta.text or delta.finish or piece.calls:
+                    yield frame(form.piece(piece))
         except TuningAPIError as error:
             yield frame(error_body(error))
             return

@@ -1,6 +1,8 @@
-"""What a request's answer is held to, as a grammar: its response format."""
+"""What a request's answer is held to, as a grammar: its response format, or calls of tools."""
 
+from tunesmith.errors import BadRequestError
 from tunesmith.infer import openai
+from tunesmith.infer.calling import Calling
 from tunesmith.infer.chat import in_reader
 from tunesmith.infer.guide import Grammar
 from tunesmith.infer.lexicon import lexicon_of
@@ -10,12 +12,27 @@ from tunesmith.infer.voices import Voice
 _ANY_OBJECT = {"type": "object"}
 
 
-async def grammar_of(asked: openai.Options, voice: Voice, vocabulary: int) -> Grammar | None:
+async def grammar_of(
+    asked: openai.Options, voice: Voice, vocabulary: int, calling: Calling | None = None
+) -> Grammar | None:
     """None where any text will do. Raises BadRequestError that says where a schema is wrong."""
     wanted = asked.response_format
-    if wanted is None or wanted.type == "text":
+    is_json = wanted is not None and wanted.type != "text"
+    if is_json and calling is not None:
+        raise BadRequestError(
+            "response_format and tools cannot both hold an answer: leave one out, or give "
+            "tool_choice: none",
+            param="response_format",
+        )
+    if calling is not None and calling.is_held:
+        return await in_reader(lambda: _calls(calling, voice, vocabulary))
+    if wanted is None or not is_json:
         return None
     return await in_reader(lambda: _json(wanted, voice, vocabulary))
+
+
+def _calls(calling: Calling, voice: Voice, vocabulary: int) -> Grammar:
+    return calling.grammar(lexicon_of(voice.renderer, vocabulary), calling.marks(voice))
 
 
 def _json(wanted: openai.ResponseFormat, voice: Voice, vocabulary: int) -> Grammar:

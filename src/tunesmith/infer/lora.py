@@ -7,18 +7,18 @@ from fastapi import FastAPI, Request
 from pydantic import Field
 
 from tunesmith.errors import BadRequestError, ConflictError
-from tunesmith.infer import openai
 from tunesmith.infer.body import read_json, validate
 from tunesmith.infer.house import House, Served
 from tunesmith.infer.voices import Voice, renderer_of
+from tunesmith.infer.wire import Wire
 
 
-class LoadAdapter(openai.Wire):
+class LoadAdapter(Wire):
     lora_name: str = Field(min_length=1, max_length=512)
     lora_path: str = Field(min_length=1, max_length=4096)
 
 
-class UnloadAdapter(openai.Wire):
+class UnloadAdapter(Wire):
     lora_name: str = Field(min_length=1, max_length=512)
 
 

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StringConstraints,
     model_validator,
 )
 
 from tunesmith.errors import BadRequestError
+from tunesmith.infer.toolspec import MAX_TOOLS, NamedChoice, Tool, ToolChoice
+from tunesmith.infer.wire import Wire
 from tunesmith.spec.chat import MAX_BIASES, MAX_TEXT, Message, Sampling
 
 MAX_MESSAGES = 2048
@@ -23,12 +23,6 @@ DEFAULT_CHAT_TOKENS = 4096
 DEFAULT_COMPLETION_TOKENS = 16
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
-
-
-class Wire(BaseModel):
-    """A part of a request: types as they are, unknown fields ignored as OpenAI's API does."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _as_list(value: Any) -> Any:
@@ -189,6 +183,9 @@ class ChatRequest(Options):
     max_completion_tokens: int | None = Field(None, ge=1, le=1 << 20)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), BeforeValidator(_as_list)] = []
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def top_count(self) -> int | None:
@@ -198,6 +195,19 @@ class ChatRequest(Options):
     def _has_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise BadRequestError("top_logprobs is given without logprobs: true", param="logprobs")
+        return self
+
+    @model_validator(mode="after")
+    def _has_what_it_calls(self) -> Self:
+        choice = self.tool_choice
+        names = {each.function.name for each in self.tools}
+        if choice == "required" and not names:
+            raise BadRequestError("tool_choice is required without tools", param="tool_choice")
+        if isinstance(choice, NamedChoice) and choice.function.name not in names:
+            raise BadRequestError(
+                f"tool_choice names {choice.function.name!r}, which is not among the tools",
+                param="tool_choice",
+            )
         return self
 
     @property
@@ -258,8 +268,6 @@ _NOT_YET: Mapping[str, tuple[Any, ...]] = {
 """Options that are known and not served, with the values that ask for nothing."""
 _NOT_YET_IN_CHAT: Mapping[str, tuple[Any, ...]] = {
     **_NOT_YET,
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "modalities": (None, ["text"]),

@@ -14,7 +14,7 @@ from tunesmith.infer.lexicon import Lexicon
 
 MAX_BYTES = 128 << 10
 MAX_NODES = 4000
-_BLANKS = r"( |\n[ \t]{0,64})?"
+BLANKS = r"( |\n[ \t]{0,64})?"
 """Between the parts of a JSON text: without a bound, a model may say nothing else for ever."""
 
 
@@ -37,7 +37,7 @@ def written(schema: dict[str, Any], param: str, is_strict: bool = True) -> str:
     text = msgspec.json.encode(schema).decode()
     if len(text) > MAX_BYTES or sum(1 for _ in _nodes(schema)) > MAX_NODES:
         _refuse(f"at most {MAX_BYTES} bytes and {MAX_NODES} values are read", param)
-    options: Any = {"whitespace_pattern": _BLANKS, "lenient": not is_strict}
+    options: Any = {"whitespace_pattern": BLANKS, "lenient": not is_strict}
     return str(LLMatcher.grammar_from_json_schema(text, overrides=options))
 
 

@@ -1,5 +1,7 @@
 """One sequence's tokens to text: whole characters, up to a stop string, and where each begins."""
 
+from collections.abc import Mapping
+
 from tokenizers import Tokenizer
 
 from tunesmith.infer.detokenize import Detokenizer, StopWatch
@@ -9,8 +11,12 @@ from tunesmith.spec.chat import Delta, Sampling
 
 
 class Writer:
-    def __init__(self, tokenizer: Tokenizer, sampling: Sampling) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, sampling: Sampling, marks: Mapping[int, str] | None = None
+    ) -> None:
         self._detokenizer = Detokenizer(tokenizer)
+        self._marks = marks or {}
+        """Special tokens that are shown, and their texts."""
         self._watch = StopWatch(sampling.stop)
         self._unwatched = sampling.min_tokens
         """Tokens that come whatever they say."""
@@ -34,11 +40,16 @@ class Writer:
         if token.id is not None and not token.is_end:
             if token.score is not None:
                 self._said.append(Said(token.id, self._told, token.score))
-            text = self._detokenizer.push(token.id)
+            text = self._spell_one(token.id)
         if token.finish is not None:
             text += self._detokenizer.flush()
         self._told += len(text)
         return text
+
+    def _spell_one(self, id_: int) -> str:
+        if id_ in self._marks:
+            return self._detokenizer.flush() + self._marks[id_]
+        return self._detokenizer.push(id_)
 
     def _watched(self, text: str, token: Token) -> tuple[str, bool]:
         """What may be shown of it, and whether a stop string cut it short."""

@@ -57,4 +57,4 @@ class Sampling(Strict):
 class Delta(Strict):
     text: str = ""
     token_id: int | None = None
-    finish: Literal["stop", "length", None] = None
+    finish: Literal["stop", "length", "tool_calls", None] = None
