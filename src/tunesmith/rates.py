@@ -2,8 +2,12 @@
 
 import math
 import time
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import BadRequestError, RateLimitError
+
+if TYPE_CHECKING:
+    from limits import RateLimitItem
 
 MEMORY = "async+memory://"
 
@@ -13,12 +17,15 @@ class Rates:
 
     def __init__(self, rule: str, storage: str = MEMORY) -> None:
         """An empty rule limits nothing. Raises BadRequestError where it is none."""
+        self._rules: list[RateLimitItem] = []
+        if not rule:
+            return
         from limits import parse_many
         from limits.aio.strategies import MovingWindowRateLimiter
         from limits.storage import storage_from_string
 
         try:
-            self._rules = parse_many(rule) if rule else []
+            self._rules = parse_many(rule)
             more = {} if storage == MEMORY else {"implementation": "redispy"}
             self._limiter = MovingWindowRateLimiter(storage_from_string(storage, **more))
         except (ValueError, LookupError, ImportError) as error:

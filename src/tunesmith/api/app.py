@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tunesmith import VERSION
 from tunesmith.api import faults, operator, transfer, workers
 from tunesmith.api.auth import LOOPBACK_ORIGIN
+from tunesmith.api.counted import Counted
 from tunesmith.api.direct import put_in_front
 from tunesmith.api.families import (
     configured,
@@ -21,6 +22,7 @@ from tunesmith.api.families import (
     events,
     health,
     inference,
+    metrics,
     openai,
     training,
     uploads,
@@ -46,7 +48,7 @@ def create_app(hub: Hub, role: str = "all") -> FastAPI:
     )
     app.state.hub = hub
     faults.install(app)
-    for router in (health.router, *(ALL_ROLE if role == "all" else TRAINING_ROLE)):
+    for router in (health.router, metrics.router, *(ALL_ROLE if role == "all" else TRAINING_ROLE)):
         app.include_router(router)
     app.include_router(workers.router)
     app.include_router(transfer.router)
@@ -55,6 +57,7 @@ def create_app(hub: Hub, role: str = "all") -> FastAPI:
     app.state.in_flight = InFlight()
     app.add_middleware(Leaving, in_flight=app.state.in_flight)
     app.add_middleware(RequestId)
+    app.add_middleware(Counted)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(hub.settings.cors_origins),

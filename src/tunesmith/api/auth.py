@@ -5,6 +5,7 @@ loopback caller may come without a key, `KeyHolder` where a key is always wanted
 on all of them but the open ones.
 """
 
+import hashlib
 import re
 from typing import Annotated
 
@@ -84,6 +85,13 @@ def presented_key(request: Request) -> str | None:
             raise AuthenticationError("the Authorization header must read: Bearer <key>")
         return key.strip()
     return request.headers.get("x-api-key")
+
+
+async def pace(request: Request, hub: Hub) -> None:
+    """A request that makes an engine work: raises RateLimitError where there were too many."""
+    key = presented_key(request)
+    client = request.client.host if request.client else "unknown"
+    await hub.rates.spend(client if key is None else hashlib.sha256(key.encode()).hexdigest())
 
 
 def is_local(request: Request, hub: Hub) -> bool:

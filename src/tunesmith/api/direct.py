@@ -75,12 +75,14 @@ class _Front(BaseRoute):
     """A direct route, found by comparing two strings. Under a root path FastAPI's way is taken."""
 
     def __init__(self, route: DirectRoute) -> None:
-        self._path, self._methods = route.path, route.methods or set()
+        self.path, self._methods = route.path, route.methods or set()
         self._handler = route.get_route_handler()
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        is_it = scope["type"] == "http" and scope["path"] == self._path
-        return (Match.FULL if is_it and scope["method"] in self._methods else Match.NONE), {}
+        is_it = scope["type"] == "http" and scope["path"] == self.path
+        return (Match.FULL if is_it and scope["method"] in self._methods else Match.NONE), {
+            "route": self
+        }
 
     def url_path_for(self, name: str, /, **path_params: Any) -> URLPath:
         raise NoMatchFound(name, path_params)

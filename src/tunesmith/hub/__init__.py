@@ -41,6 +41,7 @@ from tunesmith.hub.principal import Principal
 from tunesmith.hub.remote_data import RemoteData
 from tunesmith.hub.retention import Retention
 from tunesmith.hub.webhooks import Webhooks
+from tunesmith.rates import Rates
 from tunesmith.settings import Settings
 from tunesmith.spec.estimate import Estimate, Forecast
 from tunesmith.spec.records import Job, JobEvent, JobState, StopMode
@@ -85,6 +86,7 @@ class Hub:
         self.hands = Hands(self)
         self.engines = Engines(self)
         self.loaded = Loaded(self)
+        self.rates = Rates(settings.rate_limit, settings.rate_limit_storage)
         self.house_id = make_house(settings.home)
         self.digests = Digests(store)
         self.depot = Depot(self)
@@ -218,6 +220,9 @@ class Hub:
         found = self.store.read(jobs.count_by_state)
         active = (JobState.STARTING, JobState.RUNNING, JobState.STOPPING)
         return sum(found[state] for state in active), sum(found.values())
+
+    def jobs_by_state(self) -> dict[str, int]:
+        return {state.value: count for state, count in self.store.read(jobs.count_by_state).items()}
 
     async def stop(self, spelled: str, mode: StopMode, who: Principal) -> Job:
         """Raises NotFoundError, ConflictError (it has ended)."""

@@ -269,6 +269,20 @@ class Engines:
         except (httpx2.HTTPError, ValueError, TypeError):
             return None
 
+    async def expositions(self) -> list[tuple[rows.Engine, str]]:
+        """What each engine that is ready tells Prometheus."""
+        ready = [row for row in self._living() if row.state == "ready" and row.url]
+        told = await asyncio.gather(*(self._exposition(row) for row in ready))
+        return [(row, text) for row, text in zip(ready, told, strict=True) if text]
+
+    async def _exposition(self, row: rows.Engine) -> str:
+        headers = {"Authorization": f"Bearer {row.key}"}
+        try:
+            reply = await self._http().get(f"{row.url}/metrics", headers=headers, timeout=5)
+        except httpx2.HTTPError:
+            return ""
+        return reply.text if reply.status_code == 200 else ""
+
     def health(self) -> dict[str, Any]:
         """The fields of the inference contract's health."""
         ready = [row for row in self._living() if row.state == "ready"]

@@ -3,10 +3,10 @@
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from tunesmith.api.auth import Caller, caller
+from tunesmith.api.auth import Caller, caller, pace
 from tunesmith.api.deps import HubDep
 from tunesmith.api.stream import EventStream
 from tunesmith.api.strict import StrictRoute
@@ -30,12 +30,14 @@ router = APIRouter(tags=["inference"], route_class=InferenceRoute, dependencies=
 
 
 @router.post("/generate", summary="Go on with a text")
-async def generate(body: Generate, hub: HubDep, who: Caller) -> Response:
+async def generate(body: Generate, request: Request, hub: HubDep, who: Caller) -> Response:
+    await pace(request, hub)
     return await _answer(body, hub, who)
 
 
 @router.post("/chat", summary="Answer an instruction, or a conversation")
-async def chat(body: Chat, hub: HubDep, who: Caller) -> Response:
+async def chat(body: Chat, request: Request, hub: HubDep, who: Caller) -> Response:
+    await pace(request, hub)
     return await _answer(body, hub, who)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
 
-from tunesmith.api.auth import KeyHolder, key_holder
+from tunesmith.api.auth import KeyHolder, key_holder, pace
 from tunesmith.api.deps import HubDep
 from tunesmith.api.stream import EventStream
 from tunesmith.api.strict import StrictRoute, read_json
@@ -109,6 +109,7 @@ async def complete(request: Request, hub: HubDep, who: KeyHolder) -> Response:
 
 
 async def _forward(path: str, request: Request, hub: HubDep, who: KeyHolder) -> Response:
+    await pace(request, hub)
     body = await _object(request)
     model = body.get("model")
     if not isinstance(model, str) or not 1 <= len(model) <= 4096:
