@@ -65,7 +65,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     environment = {**made.ENVIRONMENT, **offline, "OPENAI_API_KEY": made.KEY}
     log = folder / "engine.log"
-    with made.engine_process(f"--model={model}", "--model-name=tiny", log=log) as engine:
+    with made.engine_process(
+        f"--model={model}", "--model-name=tiny", "--precision=fp32", log=log
+    ) as engine:
         command = [sys.executable, "-c", SCRIPT, engine.url, str(folder), str(model)]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.errors import RateLimitError
-from tunesmith.infer.scheduler import Chunk, Limits, Scheduler
+from tunesmith.infer.scheduler import Adopt, Chunk, Drop, Keep, Limits, Scheduler
 from tunesmith.infer.sequence import Sequence
 from tunesmith.spec.chat import Sampling
 
@@ -22,6 +23,7 @@ def run(scheduler: Scheduler) -> list[Chunk]:
     chunks = scheduler.plan()
     for chunk in chunks:
         chunk.sequence.computed = chunk.end
+    scheduler.read(chunks)
     for chunk in chunks:
         if chunk.end == chunk.sequence.length:
             chunk.sequence.generated.append(7)
@@ -89,7 +91,7 @@ def test_a_cancelled_sequence_gives_its_place_to_the_next_within_a_step() -> Non
     run(scheduler)
     gone.is_cancelled = True
     assert [c.sequence for c in run(scheduler)] == [later]
-    assert scheduler.evicted() == [gone]
+    assert scheduler.moves() == [Drop(gone)]
 
 
 def test_a_sequence_cancelled_in_the_line_never_runs() -> None:
@@ -117,7 +119,7 @@ def test_when_room_runs_out_the_youngest_goes_back_and_is_read_again() -> None:
         run(scheduler)
     assert scheduler.running == [old]
     assert list(scheduler.waiting) == [young]
-    assert scheduler.evicted() == [young]
+    assert scheduler.moves() == [Drop(young)]
     while not scheduler.is_idle:
         run(scheduler)
     assert old.generated == young.generated == [7] * 6
@@ -170,3 +172,78 @@ def check(scheduler: Scheduler, chunks: list[Chunk]) -> None:
     assert len({id(c.sequence) for c in chunks}) == len(chunks)
     for each in scheduler.running:
         assert each.computed <= each.blocks * scheduler.limits.block_tokens
+
+
+def prompted(ids: list[int], tokens: int = 1, adapter: int | None = None) -> Sequence:
+    made = sequence(len(ids), tokens)
+    made.prompt, made.adapter = ids, adapter
+    return made
+
+
+def test_a_prompt_begins_with_what_another_has_of_the_same_beginning() -> None:
+    scheduler = Scheduler(Limits())
+    shared = list(range(200))
+    first = prompted([*shared, 1, 2, 3])
+    scheduler.add([first])
+    run(scheduler)
+    assert scheduler.moves() == [Keep(first)]
+    second, other = prompted([*shared, 9, 9], 5), prompted(shared, adapter=4)
+    scheduler.add([second, other])
+    chunks = scheduler.plan()
+    assert scheduler.moves() == [Adopt(second, first, 200)]
+    assert [(each.start, each.end) for each in chunks] == [(200, 202), (0, 200)]
+    assert second.reused == 200
+
+
+def test_the_very_same_prompt_leaves_one_token_to_compute() -> None:
+    scheduler = Scheduler(Limits())
+    first, again = prompted(list(range(128)), 9), prompted(list(range(128)))
+    scheduler.add([first])
+    run(scheduler)
+    scheduler.add([again])
+    assert [c.end - c.start for c in scheduler.plan() if c.sequence is again] == [1]
+    assert scheduler.moves() == [Adopt(again, first, 127)]
+
+
+def test_what_is_kept_makes_way_for_whoever_wants_the_room() -> None:
+    scheduler = Scheduler(Limits(block_tokens=64, blocks=4))
+    ended = [prompted([n] * 70) for n in (1, 2)]
+    for each in ended:
+        scheduler.add([each])
+        run(scheduler)
+    scheduler.moves()
+    large = prompted([3] * 100, 2)
+    scheduler.add([large])
+    run(scheduler)
+    assert scheduler.moves() == [Drop(ended[0])]
+    assert scheduler.free_blocks == 0
+
+
+def test_whoever_reads_its_prompt_takes_nothing_from_others() -> None:
+    scheduler = Scheduler(Limits())
+    first, reading = prompted(list(range(128))), prompted(list(range(128)))
+    reading.reader = Nobody()
+    scheduler.add([first])
+    run(scheduler)
+    scheduler.add([reading])
+    assert [c.start for c in scheduler.plan()] == [0]
+
+
+class Nobody:
+    kind: Literal["logits", "hidden"] = "logits"
+
+    def read(self, start: int, rows: object) -> None:
+        pass
+
+
+def test_rooms_that_double_are_counted_as_they_are() -> None:
+    limits = Limits(block_tokens=64, longest=300, has_doubling_rooms=True)
+    assert [limits.blocks_of(tokens) for tokens in (1, 64, 65, 129, 257)] == [1, 1, 2, 4, 5]
+
+
+def test_many_prompts_are_read_faster_than_one() -> None:
+    scheduler = Scheduler(Limits(step_tokens=256, mixed_tokens=32))
+    scheduler.add([sequence(10, 50)])
+    run(scheduler)
+    scheduler.add([sequence(1000) for _ in range(4)])
+    assert sum(c.end - c.start for c in scheduler.plan()) == 1 + 4 * 32

@@ -85,7 +85,7 @@ def _add_descriptions(app: FastAPI, house: House) -> None:
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
             "steps": served.engine.steps,
-            "cache_blocks_free": scheduler.free_blocks,
+            "cache_blocks_free": scheduler.available_blocks,
             "cache_blocks": served.engine.limits.blocks,
             "pid": os.getpid(),
         }

@@ -39,6 +39,13 @@ class Cache:
         values[:, at:end] = v_KQD
         return keys[:, :end], values[:, :end]
 
+    def copy(self, tokens: int) -> "Cache":
+        """A cache of its own that begins with the first tokens of this one."""
+        made = Cache(self._block)
+        for layer, k_KSD in self._keys.items():
+            made.append(layer, k_KSD[:, :tokens], self._values[layer][:, :tokens], 0)
+        return made
+
     @property
     def bytes(self) -> int:
         held = [*self._keys.values(), *self._values.values()]

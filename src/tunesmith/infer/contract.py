@@ -20,6 +20,7 @@ from pydantic import (
 
 from tunesmith.data.built import instruction
 from tunesmith.errors import BadRequestError
+from tunesmith.infer.precision import Precision
 from tunesmith.spec.chat import MAX_TEXT
 from tunesmith.spec.strict import Strict
 
@@ -208,7 +209,7 @@ def _frame(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n"
 
 
-def precision_of(load_in_8bit: bool, load_in_4bit: bool) -> str:
+def precision_of(load_in_8bit: bool, load_in_4bit: bool) -> Precision:
     """How weights are kept: `int8`, `int4`, or `auto`. Raises BadRequestError."""
     if load_in_8bit and load_in_4bit:
         raise BadRequestError("load_in_8bit and load_in_4bit exclude each other; choose one")

@@ -13,11 +13,10 @@ from random import Random
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from tunesmith.errors import BadRequestError, ServerError, TuningAPIError
 from tunesmith.infer.guide import Guide
-from tunesmith.infer.runner import Runner
+from tunesmith.infer.runner import Next, Runner
 from tunesmith.infer.sampler import Pick, sample
 from tunesmith.infer.scheduler import Limits, Scheduler
 from tunesmith.infer.sequence import Finish, Reader, Sequence, Token
@@ -151,16 +150,16 @@ class Engine:
     def step(self) -> None:
         """Run one scheduler step: every planned chunk through the model, a token for each."""
         chunks = self.scheduler.plan()
-        self._free_evicted()
+        self._move()
         if chunks:
-            logits = self.runner.forward(chunks)
+            found = self.runner.forward(chunks)
+            self.scheduler.read(chunks)
+            self._sample(found)
             for sequence in [each.sequence for each in chunks if each.is_last]:
                 if sequence.sampling.max_tokens == 0:
-                    logits.pop(sequence, None)
                     self._end(sequence, Token(sequence.index, None, "length"))
-            self._sample(logits)
             self.steps += 1
-        self._free_evicted()
+        self._move()
 
     def run(self, sequences: Many[Sequence]) -> None:
         """All of them to their ends, on this thread, in a process that serves nobody."""
@@ -202,11 +201,17 @@ class Engine:
                 sequence.adapter = self.runner.model.adapters.key(name)
         self.scheduler.add(stream.sequences)
 
-    def _sample(self, logits: dict[Sequence, Tensor]) -> None:
-        if not logits:
+    def _sample(self, found: Next) -> None:
+        """Of those that want a token."""
+        logits_BV, sequences = found.logits_BV, found.sequences
+        wanting = [place for place, each in enumerate(sequences) if each.sampling.max_tokens > 0]
+        if len(wanting) < len(sequences):
+            sequences = [sequences[place] for place in wanting]
+            logits_BV = logits_BV[wanting]
+        if not sequences:
             return
-        picks = sample(torch.stack(list(logits.values())), [each.draw for each in logits])
-        for sequence, pick in zip(logits, picks, strict=True):
+        picks = sample(logits_BV, [each.draw for each in sequences])
+        for sequence, pick in zip(sequences, picks, strict=True):
             self._append(sequence, pick)
 
     def _append(self, sequence: Sequence, pick: Pick) -> None:
@@ -233,11 +238,11 @@ class Engine:
     def _fail_all(self, error: Exception) -> None:
         shown = error if isinstance(error, TuningAPIError) else ServerError("the engine failed")
         self._outbox += [(sequence, shown) for sequence in self.scheduler.clear()]
-        self._free_evicted()
+        self._move()
 
-    def _free_evicted(self) -> None:
-        for sequence in self.scheduler.evicted():
-            self.runner.free(sequence)
+    def _move(self) -> None:
+        for move in self.scheduler.moves():
+            self.runner.apply(move)
 
     def _sweep_adapters(self) -> None:
         held = [*self.scheduler.running, *self.scheduler.waiting]

@@ -25,6 +25,7 @@ from tunesmith.errors import TuningAPIError, ValidationError
 from tunesmith.infer.adapters import is_adapter
 from tunesmith.infer.hearing import Heard, hear
 from tunesmith.infer.model import ServedModel, base_of
+from tunesmith.infer.precision import Precision
 from tunesmith.infer.runner import Runner
 from tunesmith.infer.unlike import (
     Unlike,
@@ -40,7 +41,6 @@ from tunesmith.nn.sums import first_changed
 from tunesmith.spec.parity import Cause, Spoken, Verdict, Witnessed, limit_of
 
 log = logging.getLogger(__name__)
-_BLOCK_TOKENS = 64
 _SAME = 1e-6
 _MODEL = "served"
 
@@ -50,11 +50,11 @@ class Gate:
 
     def __init__(self, base: Path, device: str = "cpu") -> None:
         """Raises BadRequestError where the engine cannot serve it."""
-        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        precision: Precision = "bf16" if device.startswith("cuda") else "fp32"
         self._base = base
-        self._model = ServedModel(base, device, dtype)
-        self._runner = Runner(self._model, _BLOCK_TOKENS)
-        self._format = "bf16" if dtype == torch.bfloat16 else "fp32"
+        self._model = ServedModel(base, device, precision)
+        self._runner = Runner(self._model)
+        self._format = precision
 
     def judge(self, folder: Path, witnessed: Witnessed) -> Verdict:
         """Raises BadRequestError where the folder cannot be loaded over the base."""

@@ -40,7 +40,7 @@ def look(served: "Served | None") -> None:
     scheduler = served.engine.scheduler
     RUNNING.set(len(scheduler.running))
     WAITING.set(len(scheduler.waiting))
-    CACHE.set(1 - scheduler.free_blocks / served.engine.limits.blocks)
+    CACHE.set(1 - scheduler.available_blocks / served.engine.limits.blocks)
 
 
 class Pace:

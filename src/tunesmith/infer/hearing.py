@@ -57,7 +57,7 @@ def hear(
     longest = max(map(len, [*rows, *questions])) + most
     count = len(rows) + len(questions)
     blocks = count * -(-longest // _BLOCK_TOKENS)
-    limits = Limits(running=count, waiting=count, block_tokens=_BLOCK_TOKENS, blocks=blocks)
+    limits = Limits(running=count, waiting=count, block_tokens=_BLOCK_TOKENS, blocks=blocks, kept=0)
     engine = Engine(runner, limits)
     key = None if adapter is None else runner.model.adapters.key(adapter)
     readings = [Reading(ids) for ids in rows]

@@ -1,6 +1,5 @@
 """From a folder to a model that answers: weights, tokenizer, adapters, cache, engine."""
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +11,15 @@ from tunesmith.infer.adapters import is_adapter
 from tunesmith.infer.engine import Engine
 from tunesmith.infer.house import Served
 from tunesmith.infer.model import ServedModel, base_of, load
+from tunesmith.infer.precision import Precision
 from tunesmith.infer.runner import Runner
 from tunesmith.infer.scheduler import Limits
 from tunesmith.infer.voices import Voice, Voices, renderer_of
 
-PRECISIONS = ("auto", "fp32", "bf16", "int8", "int4")
 _CACHE_SHARE = 4
 """A fourth of the memory that is free at the start is the default for the cache."""
+_ADAPTER_SHARE = 4
+"""And a fourth the most that adapters take."""
 _GROWTH = 2
 """Bytes in memory for each byte of the files: they may hold 16 bits where we compute in 32."""
 _WORKING_BYTES = 256 << 20
@@ -30,8 +31,7 @@ class Wanted:
 
     path: Path
     name: str
-    precision: str = "auto"
-    """auto, fp32, bf16, int8 or int4."""
+    precision: Precision = "auto"
     adapters: Mapping[str, Path] = field(default_factory=dict)
 
 
@@ -43,6 +43,8 @@ class Loader:
     threads: int = 1
     cache_bytes: int = 0
     """0: by the memory that is free."""
+    adapter_bytes: int = 0
+    """Of adapters in memory at once; 0: by the memory that is free."""
     running: int = Limits.running
     waiting: int = Limits.waiting
 
@@ -72,7 +74,7 @@ class Loader:
         return weights * _GROWTH + _WORKING_BYTES < _free_bytes(self.device)
 
     def _load(self, wanted: Wanted) -> Served:
-        model = _read(wanted, self.device)
+        model = load(wanted.path, wanted.name, self.device, wanted.precision, self._adapter_bytes)
         is_tuned = is_adapter(wanted.path)
         folder = base_of(wanted.path) if is_tuned else wanted.path
         renderer = renderer_of(wanted.path)
@@ -90,7 +92,7 @@ class Loader:
             model.adapters.load(name, place)
             voices.add(Voice.of(name, place, renderer_of(place, base.renderer), name, base.name))
         limits = self.size_cache(model)
-        engine = Engine(Runner(model, limits.block_tokens), limits, self.threads)
+        engine = Engine(Runner(model), limits, self.threads)
         return Served(engine, base, voices, wanted)
 
     def size_cache(self, model: ServedModel) -> Limits:
@@ -104,16 +106,17 @@ class Loader:
                 f"a cache of {budget} bytes holds no {block} tokens of this model; "
                 f"give --cache-bytes at least {shape.cache_bytes_per_token * block}"
             )
-        return Limits(running=self.running, waiting=self.waiting, blocks=blocks)
+        return Limits(
+            running=self.running,
+            waiting=self.waiting,
+            blocks=blocks,
+            longest=shape.context_length,
+            has_doubling_rooms=shape.has_doubling_rooms,
+        )
 
-
-def _read(wanted: Wanted, device: str) -> ServedModel:
-    known = inspect.signature(load).parameters
-    if "precision" in known:
-        return load(wanted.path, wanted.name, device, wanted.precision)  # type: ignore[call-arg]
-    if wanted.precision not in ("auto", "fp32"):
-        raise BadRequestError(f"{wanted.precision} weights are not served on {device} yet")
-    return load(wanted.path, wanted.name, device)
+    @property
+    def _adapter_bytes(self) -> int:
+        return self.adapter_bytes or _free_bytes(self.device) // _ADAPTER_SHARE
 
 
 def is_out_of_memory(error: BaseException) -> bool:

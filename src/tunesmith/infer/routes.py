@@ -94,17 +94,12 @@ def describe(served: Served) -> dict[str, Any]:
         "device": shape.device,
         "gpu_memory_allocated": gigabytes(torch.cuda.memory_allocated()),
         "gpu_memory_reserved": gigabytes(torch.cuda.memory_reserved()),
-        "quantization": _QUANTIZATIONS.get(precision(served)),
+        "quantization": _QUANTIZATIONS.get(shape.precision),
         "dtype": shape.dtype,
         "parameters": shape.parameters,
         "context_length": served.engine.context_length,
         "adapters": [each.name for each in served.voices.all() if each.adapter],
     }
-
-
-def precision(served: Served) -> str:
-    """As it was resolved at load, where the model tells."""
-    return str(getattr(served.engine.runner.model.shape, "precision", served.wanted.precision))
 
 
 def gigabytes(count: int) -> str:

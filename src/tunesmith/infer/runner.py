@@ -1,97 +1,95 @@
 """The model as the engine sees it: chunks of sequences in, logits of the next tokens out.
 
-T new tokens of a step, B sequences that get a next token, V vocabulary entries.
+B sequences that get a next token, R rows that are wanted, V vocabulary entries, H hidden size.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence as Many
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tunesmith.infer.attention import Cache, Span, Step, running
-from tunesmith.infer.model import ServedModel
-from tunesmith.infer.scheduler import Chunk
+from tunesmith.infer.hosted import Kind
+from tunesmith.infer.model import Net, ServedModel
+from tunesmith.infer.scheduler import Adopt, Chunk, Drop, Keep, Move
 from tunesmith.infer.sequence import Sequence
 
 
+@dataclass(frozen=True)
+class Next:
+    """What the next tokens are to be sampled from."""
+
+    sequences: list[Sequence]
+    logits_BV: Tensor
+
+
 class Runner:
-    """Runs all chunks of a step as one row of tokens, without padding.
+    """Runs all chunks of a step, each where its adapter runs."""
 
-    Positions restart in the row with each sequence, and attention stays inside a sequence's own
-    cache, so that prompts and single next tokens go through the model together. Sequences of
-    different adapters go in forward passes of their own.
-    """
-
-    def __init__(self, model: ServedModel, block_tokens: int) -> None:
+    def __init__(self, model: ServedModel) -> None:
         self.model = model
-        self._block_tokens = block_tokens
-        self._caches: dict[Sequence, Cache] = {}
 
     @torch.inference_mode()
-    def forward(self, chunks: Many[Chunk]) -> dict[Sequence, Tensor]:
-        """Run the chunks and advance `computed`. Returns (V,) logits for each that is complete;
-        those who want more rows are given them."""
-        groups: dict[object, list[Chunk]] = defaultdict(list)
+    def forward(self, chunks: Many[Chunk]) -> Next:
+        """Run the chunks and advance `computed`. Returns the logits of those that are complete;
+        readers of prompts are given their rows."""
+        groups: dict[tuple[Net, Kind], list[Chunk]] = defaultdict(list)
         for chunk in chunks:
-            groups[self._group(chunk)].append(chunk)
-        logits: dict[Sequence, Tensor] = {}
-        for group in groups.values():
-            logits |= self._forward_group(group)
+            groups[self.model.net(chunk.sequence), _kind(chunk.sequence)].append(chunk)
+        parts = [self._forward(*key, group) for key, group in groups.items()]
         for chunk in chunks:
             chunk.sequence.computed = chunk.end
-        return logits
+        if len(parts) == 1:
+            return parts[0]
+        some = [part for part in parts if part.sequences]
+        if not some:
+            return Next([], torch.empty(0))
+        return Next(
+            [each for part in some for each in part.sequences],
+            torch.cat([part.logits_BV for part in some]),
+        )
 
-    def free(self, sequence: Sequence) -> None:
-        """Drop a sequence's cache, if it has one."""
-        self._caches.pop(sequence, None)
+    @torch.inference_mode()
+    def apply(self, move: Move) -> None:
+        """What the scheduler has decided about the cache, in its order."""
+        if isinstance(move, Adopt):
+            self.model.net(move.sequence).adopt(move.sequence, move.source, move.tokens)
+        elif isinstance(move, Keep):
+            self.model.net(move.sequence).stop(move.sequence)
+        elif isinstance(move, Drop):
+            for net in self.model.nets:
+                net.free(move.sequence)
 
-    def _group(self, chunk: Chunk) -> object:
-        """What may share a forward pass: one adapter; alone where positions couple sequences."""
-        if self.model.is_position_coupled:
-            return chunk.sequence
-        return chunk.sequence.adapter, wants_hidden(chunk.sequence)
-
-    def _forward_group(self, chunks: list[Chunk]) -> dict[Sequence, Tensor]:
-        ids: list[int] = []
-        positions: list[int] = []
-        spans: list[Span] = []
-        for chunk in chunks:
-            start = len(ids)
-            ids += chunk.sequence.tokens(chunk.start, chunk.end)
-            positions += range(chunk.start, chunk.end)
-            spans.append(Span(self._cache(chunk.sequence), start, len(ids), chunk.start))
-        wanted = [
-            span.start + row - chunk.start
-            for chunk, span in zip(chunks, spans, strict=True)
-            for row in chunk.rows
-        ]
-        with self.model.using(chunks[0].sequence.adapter), running(Step(spans)):
-            if wants_hidden(chunks[0].sequence):
-                return hand_out(chunks, self.model.hidden(ids, positions))
-            return hand_out(chunks, self.model.logits(ids, positions, wanted))
-
-    def _cache(self, sequence: Sequence) -> Cache:
-        if sequence not in self._caches:
-            self._caches[sequence] = Cache(self._block_tokens)
-        return self._caches[sequence]
+    def _forward(self, net: Net, kind: Kind, chunks: list[Chunk]) -> Next:
+        worn = {
+            chunk.sequence: chunk.sequence.adapter
+            for chunk in chunks
+            if chunk.sequence.adapter is not None
+        }
+        chunks, rows = net.rows(chunks, worn, kind)
+        if all(len(chunk.rows) == 1 and chunk.is_last for chunk in chunks) and kind == "logits":
+            sequences = [chunk.sequence for chunk in chunks]
+            if not any(each.reader for each in sequences):
+                return Next(sequences, rows)
+        return hand_out(chunks, rows, kind)
 
 
-def wants_hidden(sequence: Sequence) -> bool:
-    return sequence.reader is not None and sequence.reader.kind == "hidden"
+def _kind(sequence: Sequence) -> Kind:
+    return "logits" if sequence.reader is None else sequence.reader.kind
 
 
-def hand_out(chunks: Many[Chunk], rows: Tensor) -> dict[Sequence, Tensor]:
-    """Give the chunks' wanted rows, one chunk's after the other's, to those who read their
-    prompts. Returns the (V,) logits of next tokens."""
-    logits: dict[Sequence, Tensor] = {}
+def hand_out(chunks: Many[Chunk], rows: Tensor, kind: Kind) -> Next:
+    """Give the chunks' wanted rows, one chunk's after the other's, to those who read their prompts.
+    Returns the logits of next tokens."""
+    sequences: list[Sequence] = []
+    last: list[int] = []
     end = 0
     for chunk in chunks:
-        sequence = chunk.sequence
         start, end = end, end + len(chunk.rows)
-        own = rows[start:end]
-        if sequence.reader is not None and sequence.wants_rows(chunk.start):
-            sequence.reader.read(chunk.start, own)
-        if chunk.is_last and not wants_hidden(sequence):
-            logits[sequence] = own[-1]
-    return logits
+        if chunk.sequence.reader is not None and chunk.sequence.wants_rows(chunk.start):
+            chunk.sequence.reader.read(chunk.start, rows[start:end])
+        if chunk.is_last and kind == "logits":
+            sequences.append(chunk.sequence)
+            last.append(end - 1)
+    return Next(sequences, rows[last] if sequences else torch.empty(0))

@@ -4,11 +4,13 @@ Iteration-level scheduling (Yu et al., Orca, OSDI 2022, section 3) with prompts 
 (Agrawal et al., Sarathi-Serve, OSDI 2024, section 4), so that a long prompt stalls nobody.
 """
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 from tunesmith.errors import RateLimitError
+from tunesmith.infer.prefixes import BLOCK, Prefixes
+from tunesmith.infer.rooms import room
 from tunesmith.infer.sequence import Sequence
 
 
@@ -20,18 +22,31 @@ class Limits:
     """Sequences that hold cache at once."""
     waiting: int = 512
     """Sequences in the line; more is refused."""
-    step_tokens: int = 512
+    step_tokens: int = 256
     """Tokens of one step while only prompts are being read."""
     mixed_tokens: int = 64
-    """Prompt tokens of one step while somebody waits for a next token."""
+    """Prompt tokens of one step while as many wait for a next token as prompts are read."""
     block_tokens: int = 64
     """Tokens of one cache block, the unit of room."""
     blocks: int = 1024
     """Cache blocks in all."""
+    longest: int = 1 << 20
+    """Tokens that a sequence can have."""
+    has_doubling_rooms: bool = False
+    """Whether a sequence's room is a power of two: see `rooms`."""
+    kept: int = 64
+    """Sequences that have ended whose cache is kept while nobody wants the room, for prompts that
+    begin alike. 0 keeps none."""
 
     @property
     def cache_tokens(self) -> int:
         return self.blocks * self.block_tokens
+
+    def blocks_of(self, tokens: int) -> int:
+        """That so many tokens of one sequence take."""
+        if self.has_doubling_rooms:
+            tokens = room(tokens, self.longest)
+        return -(-tokens // self.block_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +70,32 @@ class Chunk:
         return range(self.end - 1, self.end) if self.is_last else range(0)
 
 
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A sequence's cache goes."""
+
+    sequence: Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """A sequence has ended, its cache stays."""
+
+    sequence: Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """A sequence begins with a copy of another's first tokens."""
+
+    sequence: Sequence
+    source: Sequence
+    tokens: int
+
+
+Move = Drop | Keep | Adopt
+
+
 class Scheduler:
     """A line of waiting sequences, a set of running ones, and the room in the cache.
 
@@ -69,11 +110,19 @@ class Scheduler:
         self.running: list[Sequence] = []
         """Oldest first."""
         self.free_blocks = limits.blocks
-        self._evicted: list[Sequence] = []
+        self._moves: list[Move] = []
+        self._kept: OrderedDict[Sequence, None] = OrderedDict()
+        """Those used longest ago first."""
+        self._prefixes = Prefixes()
 
     @property
     def is_idle(self) -> bool:
         return not self.waiting and not self.running
+
+    @property
+    def available_blocks(self) -> int:
+        """Free ones, and those that are only kept."""
+        return self.free_blocks + sum(each.blocks for each in self._kept)
 
     def add(self, sequences: Many[Sequence]) -> None:
         """Put all of a request's sequences in the line, or none: RateLimitError when it is full."""
@@ -94,7 +143,7 @@ class Scheduler:
         """
         self._drop_cancelled()
         chunks = self._decodes()
-        budget = self.limits.mixed_tokens if chunks else self.limits.step_tokens
+        budget = self._budget(len(chunks))
         for sequence in self.running:
             if sequence.pending > 1 and budget > 0:
                 chunks.append(self._chunk(sequence, budget))
@@ -104,21 +153,47 @@ class Scheduler:
             budget -= chunks[-1].end - chunks[-1].start
         return chunks
 
-    def finish(self, sequence: Sequence) -> None:
-        """Give back the place and the room of a sequence that has ended."""
-        self.running.remove(sequence)
-        self._give_back(sequence)
+    def _budget(self, decoding: int) -> int:
+        """Prompt tokens of the next step. The more prompts there are for each that waits for a next
+        token, the more it is in the interest of all to read on."""
+        if not decoding:
+            return self.limits.step_tokens
+        reading = len(self.waiting) + sum(each.pending > 1 for each in self.running)
+        shared = self.limits.mixed_tokens * reading // decoding
+        return max(self.limits.mixed_tokens, min(shared, self.limits.step_tokens))
 
-    def evicted(self) -> list[Sequence]:
-        """Sequences that lost their room since the last call: their cache must be dropped."""
-        lost, self._evicted = self._evicted, []
-        return lost
+    def finish(self, sequence: Sequence) -> None:
+        """Give back the place of a sequence that has ended; its room is kept while it may serve a
+        prompt that begins alike."""
+        self.running.remove(sequence)
+        if not self._is_worth_keeping(sequence):
+            self._give_back(sequence)
+            return
+        self._prefixes.note(sequence)
+        self._kept[sequence] = None
+        self._moves.append(Keep(sequence))
+        while len(self._kept) > self.limits.kept:
+            self._let_go()
+
+    def read(self, chunks: Many[Chunk]) -> None:
+        """These have been computed: prompts among them can be taken by others."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if chunk.end >= len(sequence.prompt) > chunk.start and self._can_share(sequence):
+                self._prefixes.note(sequence)
+
+    def moves(self) -> list[Move]:
+        """What is to be done to the cache, in this order, before anything else is computed."""
+        moves, self._moves = self._moves, []
+        return moves
 
     def clear(self) -> list[Sequence]:
         """Forget everything and return what was forgotten."""
         lost = [*self.running, *self.waiting]
         for sequence in self.running:
             self._give_back(sequence)
+        while self._kept:
+            self._let_go()
         self.running.clear()
         self.waiting.clear()
         return lost
@@ -144,11 +219,36 @@ class Scheduler:
             return None
         sequence = self.waiting.popleft()
         self.running.append(sequence)
+        self._adopt(sequence)
         return sequence
 
+    def _adopt(self, sequence: Sequence) -> None:
+        """Begin with what another has of the same beginning."""
+        found = self._prefixes.find(sequence) if self._can_share(sequence) else None
+        if found is None:
+            return
+        source, tokens = found
+        if source in self._kept:
+            self._kept.move_to_end(source)
+        self._moves.append(Adopt(sequence, source, tokens))
+        sequence.computed = sequence.reused = tokens
+
+    def _can_share(self, sequence: Sequence) -> bool:
+        return self.limits.kept > 0 and sequence.reader is None
+
+    def _is_worth_keeping(self, sequence: Sequence) -> bool:
+        return self._can_share(sequence) and sequence.computed >= BLOCK
+
+    def _let_go(self) -> None:
+        """Of the cache that was kept and not used for longest."""
+        sequence, _ = self._kept.popitem(last=False)
+        self._give_back(sequence)
+
     def _extend(self, sequence: Sequence) -> bool:
-        """Promise room for all the tokens that a sequence has now."""
-        missing = -(-sequence.length // self.limits.block_tokens) - sequence.blocks
+        """Promise room for all the tokens that a sequence has now; what is kept makes way."""
+        missing = self.limits.blocks_of(sequence.length) - sequence.blocks
+        while missing > self.free_blocks and self._kept:
+            self._let_go()
         if missing > self.free_blocks:
             return False
         if missing > 0:
@@ -157,14 +257,16 @@ class Scheduler:
         return True
 
     def _evict(self, sequence: Sequence) -> None:
-        self.finish(sequence)
+        self.running.remove(sequence)
+        self._give_back(sequence)
         self.waiting.appendleft(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
         self.free_blocks += sequence.blocks
         sequence.blocks = 0
         sequence.computed = 0
-        self._evicted.append(sequence)
+        self._prefixes.forget(sequence)
+        self._moves.append(Drop(sequence))
 
     def _drop_cancelled(self) -> None:
         for sequence in [each for each in self.running if each.is_cancelled]:

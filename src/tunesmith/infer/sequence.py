@@ -55,12 +55,14 @@ class Sequence:
     emit: Callable[[Token | Exception], None]
     """Called on the engine's thread with each token, or once with what went wrong."""
     index: int = 0
-    adapter: str | None = None
-    """The engine's own key of it, not its public name."""
+    adapter: int | None = None
+    """The engine's own number of it, not its public name."""
     stop_ids: frozenset[int] = frozenset()
     generated: list[int] = field(default_factory=list)
     computed: int = 0
     """Leading tokens whose keys and values are in the cache."""
+    reused: int = 0
+    """Leading tokens that were taken from another's cache."""
     blocks: int = 0
     """Cache blocks that the scheduler has promised to it."""
     reader: Reader | None = None

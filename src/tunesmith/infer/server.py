@@ -32,7 +32,8 @@ from tunesmith.errors import BadRequestError, TuningAPIError
 from tunesmith.infer.app import make_app
 from tunesmith.infer.house import House
 from tunesmith.infer.keyring import Keyring
-from tunesmith.infer.loading import PRECISIONS, Loader, Wanted
+from tunesmith.infer.loading import Loader, Wanted
+from tunesmith.infer.precision import PRECISIONS, Precision
 from tunesmith.infer.scheduler import Limits
 from tunesmith.journal import formatter
 from tunesmith.settings import Settings
@@ -58,7 +59,7 @@ class Start:
     max_body_bytes: int
     grace_seconds: int
     adapters: dict[str, Path]
-    precision: str
+    precision: Precision
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from tunesmith.nn.projection import Part, Projection
 from tunesmith.nn.rows import LastRows, last_rows
 
 MODEL_TYPES = ("gpt2",)
-_APPROXIMATION = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+APPROXIMATION = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
 _LAYER = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
@@ -51,7 +51,7 @@ def is_served(config: Any) -> bool:
     """Whether this file computes what transformers would for this config."""
     return bool(
         config.model_type in MODEL_TYPES
-        and config.activation_function in _APPROXIMATION
+        and config.activation_function in APPROXIMATION
         and config.scale_attn_weights
         and not config.scale_attn_by_inverse_layer_idx
         and not config.add_cross_attention
@@ -72,7 +72,7 @@ class Gpt2Stack:
         """`state` under transformers' names. Raises KeyError where one is missing."""
         self._heads = config.n_head
         self._epsilon = config.layer_norm_epsilon
-        self._approximation = _APPROXIMATION[config.activation_function]
+        self._approximation = APPROXIMATION[config.activation_function]
         self._rates = (config.embd_pdrop, config.resid_pdrop, config.attn_pdrop)
         self.plain: dict[str, nn.Parameter] = {}
         self._embedding_VH = self._plain(state, self.embedding_name)

@@ -117,7 +117,7 @@ class LlamaStack:
             self._layer(state, number, window) for number, window in enumerate(self.shape.windows)
         ]
         self._norm_H = self._plain(state, "model.norm.weight")
-        self._frequencies_D, self._rope_scale = _rope(config)
+        self._frequencies_D, self._rope_scale = rope(config)
         self._tables_PD = (torch.empty(0), torch.empty(0))
         self.should_checkpoint = False
         self.kernels = EAGER
@@ -260,7 +260,7 @@ class LlamaStack:
         return self.plain[name]
 
 
-def _rope(config: Any) -> tuple[Tensor, float]:
+def rope(config: Any) -> tuple[Tensor, float]:
     """Frequencies (D / 2) and the scale of cos and sin, as transformers works them out."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
