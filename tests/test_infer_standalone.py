@@ -175,7 +175,8 @@ def _seen(url: str, count: int) -> dict[int, str]:
 
 def test_what_one_process_cannot_load_none_does(folder: Path, tmp_path: Path) -> None:
     made.model_folder(tmp_path / "wide", hidden_size=192)
-    first, wide = Wanted(folder / "first", "first"), Wanted(tmp_path / "wide", "wide")
+    first = Wanted(folder / "first", "first", "fp32")
+    wide = Wanted(tmp_path / "wide", "wide", "fp32")
     roomy = House(None, Loader(running=1))
     narrow = House(None, Loader(running=1, cache_bytes=50_000))
 
@@ -188,7 +189,7 @@ def test_what_one_process_cannot_load_none_does(folder: Path, tmp_path: Path) ->
                 with pytest.raises(BadRequestError, match="holds no 64 tokens"):
                     await house.load(wide)
                 assert [_name(each) for each in (roomy, narrow)] == ["first", "first"]
-            await narrow.load(Wanted(folder / "second", "second"))
+            await narrow.load(Wanted(folder / "second", "second", "fp32"))
             assert [_name(each) for each in (roomy, narrow)] == ["second", "second"]
             roomy.close()
             narrow.close()

@@ -164,7 +164,7 @@ class Settings(BaseModel):
         return self.database_url or f"sqlite:///{self.home / 'db.sqlite'}"
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> Literal["auto", "int8", "int4"]:
         """How the weights of `model_path` are kept."""
         return "int8" if self.load_in_8bit else "int4" if self.load_in_4bit else "auto"
 
