@@ -21,6 +21,7 @@ from tunesmith.data.tokens import TokenizerFault
 SPOKEN = [
     *("river stone 강물", "  two  blanks  ", "水石头 流动", "tab\tand\nline", "🌊 밤 夜", "x"),
     *("ﬁ ① ｆｕｌｌ ½ café cafe\u0301", "never seen: Ωβ ๏", "", " ", "a<sep>b  <sep>"),
+    "if x:\n    y  \n  z",
 ]
 WAYS: dict[str, dict[str, Any]] = {
     "bytes": {},

@@ -29,7 +29,7 @@ class Trained:
         self.witnessed = [Witnessed.model_validate_json(one.read_bytes()) for one in told]
 
     def judge(self, folder: Path | None = None) -> Verdict:
-        return judge_all(folder or self.artifact, self.witnessed, None, "cpu")
+        return judge_all(folder or self.artifact, self.witnessed)
 
 
 @pytest.fixture(scope="module")
@@ -146,5 +146,5 @@ def test_an_adapter_that_changes_nothing_is_told_as_missing(
     path = folder / "adapter_model.safetensors"
     weights = load_file(path)
     save_file({name: torch.zeros_like(one) for name, one in weights.items()}, path)
-    verdict = judge_all(folder, without_sums(adapter), None, "cpu")
+    verdict = judge_all(folder, without_sums(adapter))
     assert verdict.cause == "adapter_missing", verdict.message

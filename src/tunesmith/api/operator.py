@@ -49,6 +49,12 @@ def revoke_key(key_id: str, hub: HubDep) -> Response:
     return Response(status_code=204)
 
 
+@router.get("/places/{name:path}")
+def place_of(name: str, hub: HubDep) -> dict[str, str]:
+    """Where a model lies on this machine."""
+    return {"path": str(hub.place_of(name))}
+
+
 @router.post("/{kind}", status_code=201)
 def register(kind: Kind, body: Registration, hub: HubDep) -> dict[str, Any]:
     add = hub.register_model if kind == "models" else hub.register_data

@@ -42,6 +42,7 @@ class Office(Protocol):
 
     def add(self, kind: str, name: str, path: str) -> dict[str, Any]: ...
     def names(self, kind: str) -> list[dict[str, Any]]: ...
+    def model(self, name: str) -> str: ...
     def forget(self, kind: str, name: str) -> None: ...
     def make_key(self, wanted: dict[str, Any]) -> dict[str, Any]: ...
     def list_keys(self) -> list[dict[str, Any]]: ...
@@ -259,6 +260,9 @@ class _Remote:
     def names(self, kind: str) -> list[dict[str, Any]]:
         return list(self._ask("GET", kind))
 
+    def model(self, name: str) -> str:
+        return str(self._ask("GET", f"places/{quote(name, safe='')}")["path"])
+
     def forget(self, kind: str, name: str) -> None:
         self._ask("DELETE", f"{kind}/{quote(name, safe='')}")
 
@@ -282,6 +286,9 @@ class _Local:
 
     def names(self, kind: str) -> list[dict[str, Any]]:
         return list(self._hub.names(kind))
+
+    def model(self, name: str) -> str:
+        return str(self._hub.place_of(name))
 
     def forget(self, kind: str, name: str) -> None:
         self._hub.forget(kind, name)

@@ -157,11 +157,15 @@ def _normalizer(model: SentencePiece) -> normalizers.Normalizer:
     if model.charsmap:
         steps.append(normalizers.Precompiled(model.charsmap))
     is_parted = any(piece.kind == _DEFINED for piece in model.pieces)
-    ends = [("^ +$", ""), (" +$", ""), ("^ +", " " if model.has_prefix else "")]
+    ends = [
+        (r"\A +\z", ""),
+        (r" +\z", ""),
+        (r"\A +", " " if model.has_prefix else ""),
+    ]
     if model.trims:
         rules = [*([] if is_parted else ends), (" {2,}", " ")]
     else:
-        rules = [("^ ", "  ")] if model.has_prefix and not is_parted else []
+        rules = [(r"\A ", "  ")] if model.has_prefix and not is_parted else []
     steps += [normalizers.Replace(Regex(pattern), text) for pattern, text in rules]
     return normalizers.Sequence(steps)
 

@@ -320,6 +320,10 @@ class Hub:
 
     # the operator's
 
+    def place_of(self, name: str) -> Path:
+        """The folder of a model, an adapter's where it is one. Raises NotFoundError."""
+        return self.find_model(name, Principal.local()).folder.path.resolve()
+
     def register_model(self, name: str, path: str) -> dict[str, Any]:
         """Paths of the operator may lie anywhere. Raises BadRequestError where it is no model."""
         place = Path(path).expanduser().resolve()

@@ -53,7 +53,7 @@ def compare_rendered(renderer: Renderer, witnessed: Witnessed) -> None:
         _compare_rows(renderer, one, found, number)
     missing = set(witnessed.stop_ids) - renderer.stop_ids
     if missing:
-        token = _shown(renderer, min(missing))
+        token = shown(renderer, min(missing))
         raise Unlike("tokenizer", f"{token} ended answers in training and ends none now")
 
 
@@ -67,7 +67,7 @@ def _compare_rows(renderer: Renderer, one: Spoken, found: Rendered, number: int)
         place = first_difference(trained, served)
         if place is not None:
             ids = [
-                _shown(renderer, row[place]) if place < len(row) else "nothing"
+                shown(renderer, row[place]) if place < len(row) else "nothing"
                 for row in (trained, served)
             ]
             where = f"conversation {number + 1}, token {place + 1}"
@@ -111,12 +111,12 @@ def described(renderer: Renderer, spoken: Sequence[Spoken], heard: Heard, place:
     if place.is_answer:
         served = heard.answers[place.conversation][place.token]
         return (
-            f"{where}, answered with {_shown(renderer, one.answer[place.token])} at token "
-            f"{place.token + 1} in training, with {_shown(renderer, served)} here"
+            f"{where}, answered with {shown(renderer, one.answer[place.token])} at token "
+            f"{place.token + 1} in training, with {shown(renderer, served)} here"
         )
     trained, served_at = one.log_probs[place.token - 1], heard.log_probs[place.conversation]
     return (
-        f"{where}, token {place.token + 1} ({_shown(renderer, one.ids[place.token])}): "
+        f"{where}, token {place.token + 1} ({shown(renderer, one.ids[place.token])}): "
         f"log-probability {trained:.4f} in training, {served_at[place.token - 1]:.4f} here"
     )
 
@@ -141,5 +141,6 @@ def guessed(spoken: Sequence[Spoken], heard: Heard, limit: Limit, is_exact: bool
     return "weights" if is_exact else "precision"
 
 
-def _shown(renderer: Renderer, token: int) -> str:
+def shown(renderer: Renderer, token: int) -> str:
+    """For a message."""
     return f"{renderer.decode([token], skip_special=False)[:40]!r} (id {token})"

@@ -54,6 +54,8 @@ class Spoken(Strict):
     """The last tokens of what is to be answered."""
     answer: Ids
     """The likeliest tokens after it, one after the other; nothing ends them early."""
+    answer_log_probs: Numbers = ()
+    """Of each of them, where they were asked for."""
     margins: Numbers
     """By how much each is likelier than the next best, in nats."""
 

@@ -1,0 +1,1 @@
+"""A served model in other formats: merged, as safetensors, as GGUF. Each is compared with it."""
