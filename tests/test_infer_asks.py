@@ -8,6 +8,7 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
+import torch
 
 import infer_fixtures as made
 from infer_fixtures import EngineProcess
@@ -21,6 +22,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     folder = tmp_path_factory.mktemp("asks")
     base = made.model_folder(folder / "base")
     tuned = made.adapter_folder(folder / "one", base, 1)
+    pooled = [{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    (tuned / "modules.json").write_text(json.dumps(pooled))
+    (tuned / "1_Pooling").mkdir()
+    (tuned / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_lasttoken": True}))
     arguments = [f"--model={base}", "--model-name=tiny", f"--adapter=one={tuned}"]
     with made.engine_process(*arguments, log=folder / "engine.log") as process:
         yield process
@@ -201,3 +206,52 @@ def test_a_schema_that_cannot_be_followed_says_where(client: openai.OpenAI) -> N
             chat(client, response_format=held_to({"type": "object", "properties": {"a": inner}}))
         assert place in caught.value.message
     assert caught.value.code == "invalid_schema"
+
+
+TEXTS = ["the quick brown fox", "안녕하세요", "a"]
+
+
+def embed(client: openai.OpenAI, given: Any = TEXTS, **asked: Any) -> torch.Tensor:
+    reply = client.embeddings.create(model=asked.pop("model", "tiny"), input=given, **asked)
+    return torch.tensor([each.embedding for each in reply.data])
+
+
+def test_texts_become_the_models_own_states_pooled(client: openai.OpenAI) -> None:
+    net = made.network("llama").requires_grad_(False)
+    ids = [made.tokenizer().encode(each).ids for each in TEXTS]
+    states = [net.model(torch.tensor([each])).last_hidden_state[0] for each in ids]
+    mean = torch.stack([each.mean(0) / each.mean(0).norm() for each in states])
+    last = torch.stack([each[-1] / each[-1].norm() for each in states])
+    told = embed(client)
+    assert (told * mean).sum(-1).min() > 0.999
+    assert (embed(client, extra_body={"x_pooling": "last"}) * last).sum(-1).min() > 0.999
+    torch.testing.assert_close(embed(client, ids, encoding_format="float"), told)
+    short = embed(client, TEXTS[0], dimensions=8)[0]
+    torch.testing.assert_close(short, told[0, :8] / told[0, :8].norm())
+
+
+def test_an_adapter_embeds_as_itself_by_its_own_setting(client: openai.OpenAI) -> None:
+    own = embed(client, model="one")
+    last = embed(client, model="one", extra_body={"x_pooling": "last"})
+    torch.testing.assert_close(own, last)
+    assert (own * embed(client, extra_body={"x_pooling": "last"})).sum(-1).max() < 0.99
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"input": ""}, "input"),
+        ({"input": ["a"] * 3000}, "input"),
+        ({"input": [[1, 2], [400]]}, "input"),
+        ({"input": "a b " * 900_000}, "input"),
+        ({"input": "a", "dimensions": 10**6}, "dimensions"),
+        ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
+    ],
+)
+def test_what_cannot_be_embedded_is_named(
+    client: openai.OpenAI, asked: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.embeddings.create(model="tiny", **asked)
+    assert caught.value.param == param

@@ -346,8 +346,12 @@ def test_the_contracts_pretraining_file_runs_as_it_stands(tasked: House) -> None
     asked = {"model": job["fine_tuned_model"], "prompt": "강물", "max_tokens": 4}
     with tasked.client as client:
         said = client.post("/v1/completions", json=asked, headers=KEY)
+        asked = {"model": job["fine_tuned_model"], "input": "강물"}
+        told = client.post("/v1/embeddings", json=asked, headers=KEY)
     assert said.status_code == 200, said.text
     assert said.json()["usage"]["prompt_tokens"] == len(theirs.encode("강물"))
+    assert told.status_code == 200, told.text
+    assert len(told.json()["data"][0]["embedding"]) == model.config.hidden_size
 
 
 def test_a_model_on_the_way_answers_and_can_be_tuned_on(tasked: House) -> None:

@@ -13,9 +13,22 @@ from tuning_sdk.errors import error_for
 
 log = logging.getLogger(__name__)
 
-ENVELOPED = ("/v1/chat", "/v1/completions", "/v1/models", "/v1/webhook_", "/internal")
+ENVELOPED = (
+    "/v1/chat",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/models",
+    "/v1/webhook_",
+    "/internal",
+)
 """Path prefixes whose errors are `{"error": {"message", "type", "param", "code"}}`."""
-BAD_REQUEST_NOT_422 = ("/v1/chat", "/v1/completions", "/v1/models", "/v1/webhook_")
+BAD_REQUEST_NOT_422 = (
+    "/v1/chat",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/models",
+    "/v1/webhook_",
+)
 DISK_IS_FULL = 28
 _MAX_FAULTS = 20
 

@@ -13,6 +13,7 @@ from tunesmith.exposition import CONTENT_TYPE, exposition
 from tunesmith.infer import faults, gauges
 from tunesmith.infer.completions import add_completions
 from tunesmith.infer.door import Door
+from tunesmith.infer.embeddings import add_embeddings
 from tunesmith.infer.house import House
 from tunesmith.infer.lora import add_adapters
 from tunesmith.infer.routes import add_contract
@@ -42,6 +43,7 @@ def make_app(house: House, settings: Settings, is_public: bool = False) -> FastA
         )
     faults.install(app)
     add_completions(app, house)
+    add_embeddings(app, house)
     add_contract(app, house)
     add_adapters(app, house)
     _add_descriptions(app, house)

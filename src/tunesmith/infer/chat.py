@@ -52,9 +52,9 @@ async def read_messages(
     return await off_loop(size, lambda: list(voice.renderer.prompt_ids(messages, tools)))
 
 
-async def read_text(voice: Voice, text: str, engine: Engine) -> list[int]:
+async def read_text(voice: Voice, text: str, engine: Engine, param: str = "prompt") -> list[int]:
     """The ids of a plain prompt."""
-    refuse_hopeless(voice, len(text), engine, "prompt")
+    refuse_hopeless(voice, len(text), engine, param)
     return await off_loop(len(text), lambda: list(voice.renderer.encode_text(text)))
 
 

@@ -77,7 +77,7 @@ async def complete(served: Served, request: Request, body: dict[str, Any]) -> Re
     asks: list[Ask] = []
     echoes: list[Echo] = []
     for given in asked.prompt:
-        prompt = await _ids(served, voice, given)
+        prompt = await ids_of(served, voice, given, "prompt")
         default = openai.DEFAULT_COMPLETION_TOKENS
         room = fit(prompt, *_wanted(asked, asked.max_tokens, default), served.engine, "prompt")
         plain = ask(voice, prompt, asked.sampling(room), asked.count, grammar)
@@ -92,13 +92,14 @@ def _wanted(asked: openai.Options, tokens: int | None, default: int) -> tuple[in
     return (None, tokens or default) if asked.x_fit_tokens else (tokens, default)
 
 
-async def _ids(served: Served, voice: Voice, given: str | list[int]) -> list[int]:
+async def ids_of(served: Served, voice: Voice, given: str | list[int], param: str) -> list[int]:
+    """Raises BadRequestError naming `param` where it is too long, or no ids of this model."""
     if isinstance(given, str):
-        return await read_text(voice, given, served.engine)
+        return await read_text(voice, given, served.engine, param)
     vocabulary = served.engine.runner.model.shape.vocabulary
     if given and max(given) >= vocabulary:
         raise BadRequestError(
-            f"token id {max(given)} is not in the vocabulary of {vocabulary}", param="prompt"
+            f"token id {max(given)} is not in the vocabulary of {vocabulary}", param=param
         )
     return given
 

@@ -218,7 +218,7 @@ class ChatRequest(Options):
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=1 << 20)]
 
 
-def _as_prompts(value: Any) -> Any:
+def as_prompts(value: Any) -> Any:
     """One prompt becomes a list of one: a string, or a list of ids."""
     if isinstance(value, str) or (isinstance(value, list) and value and _is_id(value[0])):
         return [value]
@@ -233,7 +233,7 @@ class CompletionRequest(Options):
     prompt: Annotated[
         list[Text | Ids],
         Field(min_length=1, max_length=MAX_PROMPTS),
-        BeforeValidator(_as_prompts),
+        BeforeValidator(as_prompts),
     ]
     max_tokens: int | None = Field(None, ge=0, le=1 << 20)
     """0 only where the prompt is echoed."""

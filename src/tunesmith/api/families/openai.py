@@ -1,4 +1,5 @@
-"""The OpenAI contract, as far as it is inference: models, chat completions, completions.
+"""The OpenAI contract, as far as it is inference: models, chat completions, completions,
+embeddings.
 
 The body goes to the engine that holds the model as it came, but for the model's name; what comes
 back goes to the client as it comes.
@@ -80,6 +81,38 @@ _BODY = {
 }
 
 
+_EMBEDDINGS = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["model", "input"],
+                    "properties": {
+                        "model": {"type": "string", "minLength": 1, "maxLength": 4096},
+                        "input": {
+                            "description": "a text, a list of texts, or ids",
+                            "oneOf": [
+                                {"type": "string", "maxLength": MAX_TEXT},
+                                {"type": "array", "minItems": 1, "maxItems": 2048, "items": {}},
+                            ],
+                        },
+                        "encoding_format": {"type": "string", "enum": ["float", "base64"]},
+                        "dimensions": {"type": "integer", "minimum": 1, "maximum": 1 << 20},
+                        "x_pooling": {
+                            "type": "string",
+                            "enum": ["mean", "last"],
+                            "description": "by the model's own setting where it is not given",
+                        },
+                    },
+                }
+            }
+        },
+    }
+}
+
+
 @router.get("/models", summary="Models that can be named in a request")
 def list_models(hub: HubDep, who: KeyHolder) -> dict[str, Any]:
     data = [_model(*one) for one in hub.served_names(who)]
@@ -106,6 +139,11 @@ async def chat(request: Request, hub: HubDep, who: KeyHolder) -> Response:
 @router.post("/completions", summary="Continue a text", openapi_extra=_BODY)
 async def complete(request: Request, hub: HubDep, who: KeyHolder) -> Response:
     return await _forward("/v1/completions", request, hub, who)
+
+
+@router.post("/embeddings", summary="Texts as vectors", openapi_extra=_EMBEDDINGS)
+async def embed(request: Request, hub: HubDep, who: KeyHolder) -> Response:
+    return await _forward("/v1/embeddings", request, hub, who)
 
 
 async def _forward(path: str, request: Request, hub: HubDep, who: KeyHolder) -> Response:
