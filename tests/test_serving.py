@@ -1,21 +1,49 @@
 """Serving through the whole house: the inference contract, engines that come, go and are killed."""
 
+import asyncio
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import httpx2
 import pytest
 
-from house import PATIENCE, House, open_house
+import infer_fixtures as made
+from house import KEY, PATIENCE, House, open_house
+from infer_fixtures import EngineProcess
 from train_fixtures import make_model
 
 GREEDY = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": 6}
 
 
+COMMAND = (
+    f"{sys.executable} -m tunesmith.infer.server --model {{model}} --model-name {{name}} "
+    "--host {host} --port {port} --key-env TUNESMITH_ENGINE_KEY --threads 1"
+)
+"""A server that speaks OpenAI's contract: ours, started as another's would be."""
+
+
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    with open_house(tmp_path_factory.mktemp("serving")) as opened:
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    """A server that is there already, with a key, a base and nothing else."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    base = made.model_folder(folder / "workspace" / "models" / "theirs")
+    made.adapter_folder(folder / "workspace" / "models" / "adapter", base, 1)
+    arguments = (f"--model={base}", "--model-name=their-model")
+    with made.engine_process(*arguments, log=folder / "log") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory, elsewhere: EngineProcess) -> Iterator[House]:
+    workspace = next(tmp_path_factory.getbasetemp().glob("elsewhere*")) / "workspace"
+    settings = {
+        "TUNESMITH_ENGINE_COMMAND": COMMAND,
+        "TUNESMITH_ENGINE_URL": f"{elsewhere.url}/v1",
+        "TUNESMITH_ENGINE_API_KEY": made.KEY,
+    }
+    with open_house(workspace, **settings) as opened:
         make_model(opened.workspace / "models" / "other")
         (opened.workspace / "models" / "empty").mkdir()
         yield opened
@@ -75,3 +103,50 @@ def test_what_the_contract_forbids_is_a_422(http: httpx2.Client) -> None:
     for body in ({}, {"prompt": "a", "top_p": 1.1}, {"prompt": "a", "typo": 1}, {"prompt": 5}):
         reply = http.post("/generate", json=body)
         assert (reply.status_code, reply.json()["detail"][0]["loc"][0]) == (422, "body")
+
+
+def test_a_server_elsewhere_answers_for_the_models_that_it_lists(
+    house: House, http: httpx2.Client
+) -> None:
+    chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4, "temperature": 0}
+    told = {}
+    for model in ("their-model", "models/theirs", "models/adapter"):
+        reply = http.post("/v1/chat/completions", json={"model": model, **chat}, headers=KEY)
+        assert reply.status_code == 200, reply.text
+        told[model] = reply.json()["choices"][0]["message"]["content"]
+    assert told["their-model"] == told["models/theirs"] != told["models/adapter"]
+    listed = http.get("/v1/models", headers=KEY).json()["data"]
+    assert "their-model" in {each["id"] for each in listed}
+    generated = http.post("/generate", json={"prompt": "a", "model": "their-model", **GREEDY})
+    assert generated.json()["model_name"] == "their-model"
+
+
+def test_an_engine_killed_in_mid_stream_is_an_event_and_the_next_request_is_served(
+    house: House, http: httpx2.Client
+) -> None:
+    load(http, "models/tiny")
+    body = {"prompt": "the", "stream": True, "max_new_tokens": 120, "num_return_sequences": 8}
+    processes = house.children("--model-name tiny")
+    with http.stream("POST", "/generate", json=body) as stream:
+        lines = stream.iter_lines()
+        assert '"index": ' in next(lines)
+        house.kill(*processes)
+        rest = [line for line in lines if line]
+    assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "engine_lost"
+    again = http.post("/generate", json={"prompt": "the", **GREEDY})
+    assert (again.status_code, again.json()["model_name"]) == (200, "tiny")
+
+
+def test_two_hundred_requests_at_once_are_answered_or_told_to_wait(
+    house: House, http: httpx2.Client
+) -> None:
+    body = {"prompt": "the", **GREEDY, "max_new_tokens": 2, "model": "models/tiny"}
+
+    async def ask_all() -> list[int]:
+        async with httpx2.AsyncClient(base_url=house.url, timeout=PATIENCE) as client:
+            asked = (client.post("/generate", json=body) for _ in range(200))
+            return [reply.status_code for reply in await asyncio.gather(*asked)]
+
+    statuses = asyncio.run(ask_all())
+    assert set(statuses) <= {200, 429}
+    assert statuses.count(200) >= 100

@@ -63,6 +63,13 @@ class Settings(BaseModel):
     engine_silent_seconds: float = Field(60, gt=0, le=86_400)
     """Without an answer from an engine to anything, before it is stopped as frozen."""
     max_engines: int = Field(2, ge=1)
+    engine_command: str = Field("", max_length=4096)
+    """Starts an engine of another make for each model, in the place of ours: `/opt/vllm/bin/vllm
+    serve {model} --served-model-name {name} --host {host} --port {port} --enable-lora`."""
+    engine_url: str = Field("", max_length=2048, pattern=r"^(https?://[^\s?#]+)?$")
+    """An OpenAI-compatible server that answers for the models which it lists."""
+    engine_api_key: SecretStr = SecretStr("")
+    """What that server wants to see."""
     model_path: str = Field("", max_length=4096)
     """The model that is served where a request names none (MODEL_PATH)."""
     load_in_8bit: bool = False

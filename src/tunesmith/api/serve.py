@@ -48,6 +48,7 @@ _SHARED = (
     "heartbeat_seconds",
     "max_log_bytes",
     "log_format",
+    "engine_command",
     "should_fork_trainers",
     "log_level",
     "bell",

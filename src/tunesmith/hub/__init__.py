@@ -306,7 +306,8 @@ class Hub:
                 parts = stages.names_in if is_staged else trials.names_in
                 inner = [f"{name}:{one}" for one in parts(line.artifact)]
                 found += [(one, line.finished_at or 0.0, line.owner) for one in (name, *inner)]
-        return found + names.checkpoint_names(self.store, who)
+        found += names.checkpoint_names(self.store, who)
+        return found + [(name, 0.0, "external") for name in self.engines.foreign.names]
 
     def renderer(self, folder: ModelFolder, format: str) -> Renderer:
         """The model's own renderer, or with a template of ours where it has none."""

@@ -61,6 +61,14 @@ class Target:
     engine_id: str
     url: str
     key: str
+    base_name: str = ""
+    """What it calls the base; empty: as the folder is called."""
+    is_ours: bool = True
+
+
+def bearer(key: str) -> dict[str, str]:
+    """Nothing where there is no key: an empty one is no header."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def message(reply: httpx2.Response) -> str:

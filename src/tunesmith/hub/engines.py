@@ -11,11 +11,13 @@ from urllib.parse import quote
 import httpx2
 from sqlalchemy.engine import Connection
 
-from tunesmith.errors import NotReadyError, TuningAPIError
-from tunesmith.hub.answers import Answer, Target, message
+from tunesmith.errors import NotFoundError, NotReadyError, TuningAPIError
+from tunesmith.hub.answers import Answer, Target, bearer, message
+from tunesmith.hub.foreign import Foreign
 from tunesmith.hub.names import FoundModel
 from tunesmith.hub.principal import Principal
 from tunesmith.hub.pulse import Pulse
+from tunesmith.infer.contract import FIT
 from tunesmith.settings import Settings
 from tunesmith.spec.chat import MODEL_HEADER
 from tunesmith.spec.hands import DISPATCHER, EngineOrder, EngineReport, WorkAsk
@@ -52,6 +54,7 @@ class Engines:
         self._pulse = Pulse(hub.settings.engine_silent_seconds)
         self._looking: asyncio.Task[None] | None = None
         self._client: httpx2.AsyncClient | None = None
+        self.foreign = Foreign(hub.settings, self._http)
 
     @property
     def _settings(self) -> Settings:
@@ -75,26 +78,57 @@ class Engines:
         Raises NotFoundError for a model that is not there, NotReadyError (503, Retry-After) for
         one whose engine does not come up.
         """
-        found = await asyncio.to_thread(self._hub.find_model, model, who, "model")
         for is_last_try in (False, True):
-            target = await self.ready(found, precision)
+            target = None
             try:
-                served = await self.served_name(target, found)
-                return await self._send(target, path, body | {"model": served}, model)
+                target, served = await self.place(model, who, precision)
+                answer = await self._send(target, path, body | {"model": served}, model)
             except httpx2.TransportError as error:
-                if not await self._is_alive(target):
-                    await self._lost(target, f"{type(error).__name__}: {error}")
+                if target is not None:
+                    await self._doubt(target, error)
                 if is_last_try or isinstance(error, httpx2.ReadTimeout):
                     raise _not_ready(f"the engine of {model!r} does not answer") from None
+                continue
+            if answer.status != 404 or is_last_try or not self._forget(target, served):
+                return answer
+            await answer.close()
         raise AssertionError
+
+    async def place(
+        self, model: str, who: Principal, precision: str | None = None, field: str = "model"
+    ) -> tuple[Target, str]:
+        """Where a model answers, and how it is called there. Raises as `ask`."""
+        try:
+            found = await asyncio.to_thread(self._hub.find_model, model, who, field)
+        except NotFoundError:
+            foreign = await self.foreign.named(model)
+            if foreign is None:
+                raise
+            return foreign, foreign.base_name
+        target = await self.foreign.holding(found) or await self.ready(found, precision)
+        return target, await self.served_name(target, found)
+
+    def _forget(self, target: Target, served: str) -> bool:
+        """Whether an adapter was thought to be there that the engine does not know (any more)."""
+        known = self._adapters.get(target.engine_id, set())
+        is_known = served in known
+        known.discard(served)
+        return is_known
+
+    async def _doubt(self, target: Target, error: Exception) -> None:
+        """A connection may break, on an engine that is well and talks to others."""
+        if not await self._is_alive(target):
+            await self._lost(target, f"{type(error).__name__}: {error}")
 
     async def _send(self, target: Target, path: str, body: dict[str, Any], model: str) -> Answer:
         self._used.add(target.engine_id)
+        if not target.is_ours:
+            body = {name: value for name, value in body.items() if name != FIT}
         request = self._http().build_request(
             "POST",
             target.url + path,
             json=body,
-            headers={"Authorization": f"Bearer {target.key}", MODEL_HEADER: quote(model)},
+            headers=bearer(target.key) | {MODEL_HEADER: quote(model)},
         )
         self._busy[target.engine_id] = self._busy.get(target.engine_id, 0) + 1
         try:
@@ -109,7 +143,6 @@ class Engines:
         return answer
 
     async def _is_alive(self, target: Target) -> bool:
-        """A connection may break, on an engine that is well and talks to others."""
         try:
             reply = await self._http().get(target.url + "/health", timeout=ALIVE_SECONDS)
         except httpx2.TransportError:
@@ -166,18 +199,23 @@ class Engines:
     async def served_name(self, target: Target, found: FoundModel) -> str:
         """The base's own name, or the adapter's, loaded first where the engine has not got it."""
         if not found.folder.is_adapter:
-            return found.folder.base.name
+            return target.base_name or found.folder.base.name
         name = found.adapter_key
         lock = self._loading.setdefault((target.engine_id, name), asyncio.Lock())
         async with lock:
             if name in self._adapters.get(target.engine_id, set()):
                 return name
-            reply = await self._http().post(
-                target.url + "/v1/load_lora_adapter",
-                json={"lora_name": name, "lora_path": str(found.folder.path)},
-                headers={"Authorization": f"Bearer {target.key}"},
-            )
-            if reply.status_code >= 400 and reply.status_code != 409:
+            try:
+                reply = await self._http().post(
+                    target.url + "/v1/load_lora_adapter",
+                    json={"lora_name": name, "lora_path": str(found.folder.path)},
+                    headers=bearer(target.key),
+                )
+            except httpx2.TransportError as error:
+                await self._doubt(target, error)
+                raise
+            is_there = reply.status_code < 400 or _is_taken(reply)
+            if not is_there:
                 raise _late(Unservable(f"{found.name!r} could not be loaded: {message(reply)}"))
             self._adapters.setdefault(target.engine_id, set()).add(name)
         return name
@@ -242,6 +280,7 @@ class Engines:
 
     async def _look_after(self) -> None:
         """Stop engines that are frozen: whoever waits there is then served by a new one."""
+        await self.foreign.look()
         ready = [row for row in self._living() if row.state == "ready" and not row.should_stop]
         try:
             for row in await self._pulse.silent(self._http(), [row for row in ready if row.url]):
@@ -262,7 +301,7 @@ class Engines:
 
     async def describe(self, target: Target) -> dict[str, Any] | None:
         """An engine's own `/model_info`; None of one that has none."""
-        headers = {"Authorization": f"Bearer {target.key}"}
+        headers = bearer(target.key)
         try:
             reply = await self._http().get(f"{target.url}/model_info", headers=headers, timeout=10)
             return dict(reply.json()) if reply.status_code == 200 else None
@@ -276,7 +315,7 @@ class Engines:
         return [(row, text) for row, text in zip(ready, told, strict=True) if text]
 
     async def _exposition(self, row: rows.Engine) -> str:
-        headers = {"Authorization": f"Bearer {row.key}"}
+        headers = bearer(row.key)
         try:
             reply = await self._http().get(f"{row.url}/metrics", headers=headers, timeout=5)
         except httpx2.HTTPError:
@@ -285,9 +324,14 @@ class Engines:
 
     def health(self) -> dict[str, Any]:
         """The fields of the inference contract's health."""
-        ready = [row for row in self._living() if row.state == "ready"]
-        name = ready[0].model_name if ready else None
-        return {"model_loaded": bool(ready), "model_name": name, "device": "cpu"}
+        names = [row.model_name for row in self._living() if row.state == "ready"]
+        if self.foreign.is_well:
+            names += self.foreign.names
+        return {
+            "model_loaded": bool(names),
+            "model_name": names[0] if names else None,
+            "device": "cpu",
+        }
 
     async def close(self) -> None:
         if self._looking is not None:
@@ -302,6 +346,8 @@ class Engines:
     async def _lost(self, target: Target, reason: str) -> None:
         self._adapters.pop(target.engine_id, None)
         log.error("engine %s does not answer: %s", target.engine_id, reason)
+        if not target.is_ours:
+            return
         await self._hub.write(lambda tx: rows.stop(tx, target.engine_id))
 
     def let_go(self, engine_id: str) -> None:
@@ -326,6 +372,11 @@ def _differs(tx: Connection, ask: WorkAsk) -> bool:
         or any(row.should_stop or said.get(row.id) != row.state for row in mine)
         or any(name not in living for name in said)
     )
+
+
+def _is_taken(reply: httpx2.Response) -> bool:
+    """Whether the engine has that adapter: from before a restart of ours. vLLM says it in words."""
+    return reply.status_code == 409 or "taken" in reply.text or "already been loaded" in reply.text
 
 
 class Unservable(NotReadyError):

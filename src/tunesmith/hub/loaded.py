@@ -36,10 +36,8 @@ class Loaded:
     async def load(self, model: str, precision: str, who: Principal) -> None:
         """Make it the default once it serves. Raises NotFoundError, BadRequestError with why it
         cannot be served, NotReadyError; the one before is the default then as ever."""
-        found = self._hub.find_model(model, who, "model_path")
-        engines = self._hub.engines
         try:
-            await engines.served_name(await engines.ready(found, precision), found)
+            await self._hub.engines.place(model, who, precision, "model_path")
         except Unservable as error:
             raise BadRequestError(error.message, param="model_path") from None
         chosen = Default(model, precision)
@@ -48,8 +46,7 @@ class Loaded:
     async def describe(self, who: Principal) -> dict[str, Any]:
         """`GET /model_info`. Raises NotReadyError where none is loaded or its engine is away."""
         default = self.of(who)
-        found = self._hub.find_model(default.model, who, "model")
-        target = await self._hub.engines.ready(found, default.precision)
+        target, _ = await self._hub.engines.place(default.model, who, default.precision)
         told = await self._hub.engines.describe(target) or dict.fromkeys(_UNKNOWN)
         none = {"gpu_memory_allocated": "0.00 GB", "gpu_memory_reserved": "0.00 GB", "adapters": []}
         shown = {"model_name": short(default.model), "model_path": default.model}

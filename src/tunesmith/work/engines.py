@@ -38,7 +38,8 @@ class Engines:
     wire: Wire
     forker: Forker
     max_log_bytes: int
-    module: str = "tunesmith.infer.server"
+    command: str = ""
+    """Of engines of another make; empty: ours."""
     _engines: dict[str, _Engine] = field(default_factory=dict)
     _tasks: "set[asyncio.Task[None]]" = field(default_factory=set)
 
@@ -66,6 +67,11 @@ class Engines:
         if running:
             await asyncio.wait(running, timeout=STOP_SECONDS + 3)
 
+    def _program(self, order: EngineOrder) -> tuple[str, list[str]]:
+        if not self.command:
+            return "tunesmith.infer.server", _arguments(order)
+        return "tunesmith.work.foreign", [*_arguments(order), "--command", self.command]
+
     def _keep(self, task: "asyncio.Task[None]") -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -91,7 +97,7 @@ class Engines:
         journal = CappedLog(Path(engine.order.log_path), self.max_log_bytes)
         try:
             child = engine.child = await self.forker.start(
-                self.module, _arguments(engine.order), {KEY_VARIABLE: engine.order.key}
+                *self._program(engine.order), {KEY_VARIABLE: engine.order.key}
             )
             helpers = [
                 asyncio.create_task(pump(child.stderr, journal)),

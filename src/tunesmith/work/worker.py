@@ -176,7 +176,10 @@ class Worker:
         self.site.tidy()
         is_warm = self.settings.should_fork_trainers and not self.only
         self.forker = Forker(is_warm, home / "zygote.log")
-        self.engines = Engines(self.worker_id, self.wire, self.forker, self.settings.max_log_bytes)
+        command = self.settings.engine_command
+        forker = Forker(False, home / "zygote.log") if command else self.forker
+        most = self.settings.max_log_bytes
+        self.engines = Engines(self.worker_id, self.wire, forker, most, command)
         self.forker.warm_up()
         self._send_receipts()
         asking = asyncio.create_task(self._ask_for_ever())

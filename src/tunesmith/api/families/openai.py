@@ -127,6 +127,8 @@ def _model(name: str, created: float, owner: str) -> dict[str, Any]:
 
 @router.get("/models/{model:path}", summary="One model")
 def get_model(model: str, hub: HubDep, who: KeyHolder) -> dict[str, Any]:
+    if model in hub.engines.foreign.names:
+        return _model(model, 0, "external")
     found = hub.find_model(model, who, field="model")
     return _model(model, 0, found.owner)
 
