@@ -1,4 +1,4 @@
-"""The Python client of Tunesmith: `TuningClient`, typed results, and one error tree.
+"""The Python client of Tunesmith: `TuningClient`, `LLMClient`, typed results, and one error tree.
 
 Names are loaded when they are first used, so that importing the package stays cheap.
 """
@@ -21,14 +21,19 @@ if TYPE_CHECKING:
         TuningAPIError,
         ValidationError,
     )
+    from tuning_sdk.inference import LLMClient
     from tuning_sdk.models import (
+        ChatAnswer,
         CreatedJob,
         Dataset,
         Estimate,
+        Generation,
         Job,
         JobEvent,
+        LoadedModel,
         LogLines,
         Model,
+        ModelInfo,
         Preview,
         Token,
     )
@@ -37,6 +42,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "TuningClient": "client",
+    "LLMClient": "inference",
+    "ChatAnswer": "models",
+    "Generation": "models",
+    "LoadedModel": "models",
+    "ModelInfo": "models",
     "AuthenticationError": "errors",
     "BadRequestError": "errors",
     "ConflictError": "errors",
@@ -62,15 +72,20 @@ _HOMES = {
 __all__ = [
     "AuthenticationError",
     "BadRequestError",
+    "ChatAnswer",
     "ConflictError",
     "ConnectionError",
     "CreatedJob",
     "Dataset",
     "Estimate",
+    "Generation",
     "Job",
     "JobEvent",
+    "LLMClient",
+    "LoadedModel",
     "LogLines",
     "Model",
+    "ModelInfo",
     "NotFoundError",
     "PermissionError",
     "Preview",

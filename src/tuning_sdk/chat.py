@@ -48,7 +48,7 @@ def _piece(data: str) -> str:
     except (ValueError, RecursionError):
         raise TuningAPIError(f"{CHAT_PATH} sent a piece that is no JSON") from None
     if isinstance(chunk, dict) and "error" in chunk:
-        raise error_of(_status_of(chunk["error"]), {}, data.encode())
+        raise error_of(status_of(chunk["error"]), {}, data.encode())
     choices = chunk.get("choices") if isinstance(chunk, dict) else None
     if not isinstance(choices, list) or not choices:
         return ""
@@ -56,6 +56,7 @@ def _piece(data: str) -> str:
     return str(delta.get("content") or "")
 
 
-def _status_of(error: Any) -> int:
+def status_of(error: Any) -> int:
+    """Of an error told inside a stream."""
     status = error.get("status") if isinstance(error, dict) else None
     return status if isinstance(status, int) and 400 <= status < 600 else 500

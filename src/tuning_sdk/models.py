@@ -177,5 +177,59 @@ class Model(Answer):
     owned_by: str | None = None
 
 
+class Said(Answer):
+    """Read by attribute, or as the JSON that it is: `answer["model_name"]`."""
+
+    model_name: str = ""
+    generation_time: float = 0.0
+    """Seconds."""
+    usage: dict[str, Any] | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in type(self).model_fields and name not in (self.model_extra or {}):
+            raise KeyError(name)
+        return getattr(self, name)
+
+
+class Generation(Said):
+    generated_text: tuple[str, ...]
+    """The prompt and its continuation, for each of `num_return_sequences`."""
+    prompt: str = ""
+
+    @property
+    def text(self) -> str:
+        """What the first of them adds to the prompt."""
+        return self.generated_text[0].removeprefix(self.prompt) if self.generated_text else ""
+
+
+class ChatAnswer(Said):
+    response: str
+    instruction: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.response
+
+
+class ModelInfo(Answer):
+    model_name: str
+    model_path: str = ""
+    device: str = ""
+    gpu_memory_allocated: str = "0.00 GB"
+    gpu_memory_reserved: str = "0.00 GB"
+    quantization: str | None = None
+    dtype: str | None = None
+    parameters: int | None = None
+    context_length: int | None = None
+    adapters: tuple[str, ...] = ()
+
+
+class LoadedModel(Answer):
+    status: str
+    message: str = ""
+    model_name: str
+    model_path: str = ""
+
+
 def _utc(time: datetime) -> datetime:
     return time if time.tzinfo else time.replace(tzinfo=UTC)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli import backup, chat, data, doctor, exporting, jobs, registry, serve, train
+from tunesmith.cli import backup, chat, check, data, doctor, exporting, jobs, registry, serve, train
 from tunesmith.cli.terminal import FAILED, INTERRUPTED, CommandError, explain
 
 __all__ = ["app", "main"]
@@ -55,6 +55,7 @@ app.add_typer(jobs.jobs, name="jobs")
 app.command()(jobs.logs)
 app.command()(jobs.cancel)
 app.command()(chat.chat)
+app.command()(check.check)
 registry.models.command()(exporting.merge)
 registry.models.command()(exporting.export)
 app.add_typer(registry.models, name="models")
