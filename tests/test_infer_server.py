@@ -306,6 +306,12 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function"}]}, "tools.0.function"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"min_p": 1.1}, "min_p"),
+    ({"functions": [{"name": "f"}]}, "functions"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"guided_regex": "a+"}, "guided_regex"),
+    ({"use_beam_search": True}, "use_beam_search"),
+    ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
+    ({"response_format": {"type": "text"}, "echo": True}, "echo"),
 ]
 
 

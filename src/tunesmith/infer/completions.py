@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from fastapi import FastAPI, Request, Response
 
 from tunesmith.errors import BadRequestError, TuningAPIError
-from tunesmith.infer import openai
+from tunesmith.infer import openai, refused
 from tunesmith.infer.answers import Choice, Form, Usage
 from tunesmith.infer.body import read_json, validate
 from tunesmith.infer.calling import Calling, called
@@ -48,7 +48,7 @@ def add_completions(app: FastAPI, house: House) -> None:
 
 
 async def chat(served: Served, request: Request, body: dict[str, Any]) -> Response:
-    openai.refuse_unsupported(body, openai.ChatRequest)
+    refused.refuse(body, refused.CHAT)
     asked = validate(openai.ChatRequest, body)
     voice = served.voices.get(asked.model)
     messages = [each.message() for each in asked.messages]
@@ -65,7 +65,7 @@ async def chat(served: Served, request: Request, body: dict[str, Any]) -> Respon
 
 
 async def complete(served: Served, request: Request, body: dict[str, Any]) -> Response:
-    openai.refuse_unsupported(body, openai.CompletionRequest)
+    refused.refuse(body, refused.COMPLETIONS)
     asked = validate(openai.CompletionRequest, body)
     if len(asked.prompt) * asked.count > openai.MAX_SEQUENCES:
         raise BadRequestError(

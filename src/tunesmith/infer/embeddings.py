@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from tunesmith.errors import BadRequestError
+from tunesmith.infer import refused
 from tunesmith.infer.answers import Usage
 from tunesmith.infer.body import read_json, validate
 from tunesmith.infer.chat import fit, in_reader
@@ -51,6 +52,7 @@ def add_embeddings(app: FastAPI, house: House) -> None:
 
 
 async def embed(served: Served, request: Request, given: dict[str, Any]) -> Response:
+    refused.refuse(given, refused.EMBEDDINGS)
     asked = validate(EmbeddingRequest, given)
     voice = served.voices.get(asked.model)
     prompts: list[list[int]] = []

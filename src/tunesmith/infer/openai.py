@@ -1,6 +1,5 @@
 """OpenAI's words for a completion: requests checked and translated, answers put together."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -260,34 +259,3 @@ class CompletionRequest(Options):
                 param="best_of",
             )
         return self
-
-
-_NOT_YET: Mapping[str, tuple[Any, ...]] = {
-    "use_beam_search": (None, False),
-}
-"""Options that are known and not served, with the values that ask for nothing."""
-_NOT_YET_IN_CHAT: Mapping[str, tuple[Any, ...]] = {
-    **_NOT_YET,
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "web_search_options": (None,),
-}
-_NOT_YET_IN_COMPLETIONS: Mapping[str, tuple[Any, ...]] = {
-    **_NOT_YET,
-    "suffix": (None, ""),
-}
-
-
-def refuse_unsupported(body: dict[str, Any], kind: type[Options]) -> None:
-    """Raise BadRequestError naming the first option that would have to be ignored in silence."""
-    table = _NOT_YET_IN_CHAT if kind is ChatRequest else _NOT_YET_IN_COMPLETIONS
-    for name, neutral in table.items():
-        value = body.get(name)
-        if not any(type(value) is type(each) and value == each for each in neutral):
-            raise BadRequestError(
-                f"{name} is not supported by this engine; leave it out",
-                error_code="unsupported_parameter",
-                param=name,
-            )
