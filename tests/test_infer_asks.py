@@ -27,6 +27,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     (tuned / "1_Pooling").mkdir()
     (tuned / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_lasttoken": True}))
     arguments = [f"--model={base}", "--model-name=tiny", f"--adapter=one={tuned}"]
+    arguments.append("--precision=fp32")
     with made.engine_process(*arguments, log=folder / "engine.log") as process:
         yield process
 

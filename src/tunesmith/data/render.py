@@ -103,6 +103,12 @@ class Renderer:
         return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
     @cached_property
+    def tokenizer_digest(self) -> str:
+        """SHA-256 of the tokenizer's file and end tokens, whatever the template."""
+        ends = msgspec.json.encode(sorted(self.stop_ids))
+        return hashlib.sha256(self._files.raw + ends).hexdigest()
+
+    @cached_property
     def tokens_per_byte(self) -> int:
         """A bound that holds for every text: ids at most, for each byte of it in UTF-8."""
         return tokens.most_per_byte(self.tokenizer)

@@ -131,6 +131,7 @@ async def _answer(
     calling: Calling | None = None,
 ) -> Response:
     """Run the asks; whole or as a stream. The first token comes before the status does."""
+    _bound_scores(asks)
     request.state.usage = usage = Usage(sum(len(each.prompt) for each in asks))
     form = await _form(served, request, asked, voice)
     stream = await served.engine.open(asks)
@@ -148,6 +149,21 @@ async def _answer(
     except BaseException:
         stream.close()
         raise
+
+
+def _bound_scores(asks: Sequence[Ask]) -> None:
+    """Raises BadRequestError where an answer could have more log-probabilities than memory."""
+    scores = 0
+    for each in asks:
+        top = each.sampling.top_logprobs
+        tokens = each.sampling.max_tokens + (len(each.prompt) if each.read else 0)
+        scores += 0 if top is None else tokens * each.count * (top + 1)
+    if scores > openai.MAX_SCORES:
+        raise BadRequestError(
+            f"{scores} log-probabilities are asked for, of at most {openai.MAX_SCORES}; "
+            "ask for fewer tokens, answers or alternatives",
+            param="logprobs",
+        )
 
 
 async def _form(served: Served, request: Request, asked: openai.Options, voice: Voice) -> Form:

@@ -46,14 +46,14 @@ class Guide:
 
     @property
     def error(self) -> BadRequestError | None:
-        """What became of a grammar that asks for too much work at a token."""
+        """What became of a grammar that asks for too much work at a token, or has no end."""
         if not self._matcher.is_error():
             return None
         reason = self._matcher.get_error().strip().splitlines()[:1]
         return BadRequestError(
-            f"the schema is too complex to follow: {''.join(reason)[:300]}",
+            f"the schema cannot be followed to an end: {''.join(reason)[:300]}",
             param="response_format",
-            error_code="schema_too_complex",
+            error_code="schema_not_followed",
         )
 
 

@@ -42,7 +42,7 @@ def lexicon_of(renderer: Renderer, vocabulary: int) -> Lexicon:
 
     `vocabulary` is the width of the model's logits, which may be more than the tokenizer has.
     """
-    key = (renderer.digest, vocabulary)
+    key = (renderer.tokenizer_digest, vocabulary)
     with _making:
         if key not in _known:
             text = renderer.tokenizer.to_str()

@@ -18,6 +18,8 @@ MAX_MESSAGES = 2048
 MAX_PROMPTS = 64
 MAX_SEQUENCES = 64
 """Prompts times `n`."""
+MAX_SCORES = 2_000_000
+"""Log-probabilities in one answer."""
 DEFAULT_CHAT_TOKENS = 4096
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -34,8 +36,10 @@ def _by_id(value: Any) -> Any:
     """JSON's keys are strings: those that are ids become numbers."""
     if value is None:
         return {}
-    if not isinstance(value, dict) or len(value) > MAX_BIASES:
+    if not isinstance(value, dict):
         return value
+    if len(value) > MAX_BIASES:
+        raise ValueError(f"at most {MAX_BIASES} tokens, not {len(value)}")
     is_id = all(len(key) <= 10 and key.isascii() and key.isdigit() for key in value)
     return {int(key): each for key, each in value.items()} if is_id else value
 
