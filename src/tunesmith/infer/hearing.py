@@ -71,6 +71,10 @@ class Ears:
         return self._model.shape.precision
 
     @property
+    def is_lean(self) -> bool:
+        return self._model.is_lean
+
+    @property
     def context_length(self) -> int:
         return self._model.shape.context_length
 

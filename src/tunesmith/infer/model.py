@@ -100,6 +100,11 @@ class ServedModel:
         return self._lean
 
     @property
+    def is_lean(self) -> bool:
+        """Whether the base runs in a forward pass of our own."""
+        return self._lean is not None
+
+    @property
     def nets(self) -> list[Net]:
         return [net for net in (self._lean, self._hosted) if net is not None]
 

@@ -112,3 +112,5 @@ class Verdict(Strict):
     limit: float = 0.0
     cause: Cause | None = None
     message: str = Field(max_length=4000)
+    has_drifted: bool = False
+    """What passed exactly is beyond the limit in the numbers that it is served in."""

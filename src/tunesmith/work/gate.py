@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -53,8 +53,9 @@ class Gate:
         except (OSError, ValidationError, KeyError) as error:
             log.error("job %s: the gate failed: %r", self.task.job_id, error)
             return _not_compared("the gate ended without a verdict; see the job's log")
+        passed: Literal["info", "warning"] = "warning" if verdict.has_drifted else "info"
         return Notice(
-            level="info" if verdict.has_passed else "error",
+            level=passed if verdict.has_passed else "error",
             code="parity",
             message=verdict.message,
             detail=verdict.model_dump(mode="json", exclude={"message"}),
