@@ -94,7 +94,7 @@ class EventStream(Response):
         serving = asyncio.current_task()
         assert serving is not None
         bound(scope, self._send_seconds)
-        leaving = asyncio.create_task(_until_gone(receive))
+        leaving = asyncio.create_task(until_gone(receive))
         leaving.add_done_callback(lambda left: None if left.cancelled() else serving.cancel())
         try:
             await self._send_all(send)
@@ -125,14 +125,14 @@ class EventStream(Response):
 _BODY = {"type": "http.response.body", "body": b"", "more_body": True}
 
 
-async def _until_gone(receive: Receive) -> None:
+async def until_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def bound(scope: Scope, silent_seconds: float) -> None:
     """Let little wait for a slow reader, and let the kernel give up one that is gone."""
-    transport = _transport(scope)
+    transport = transport_of(scope)
     if transport is None:
         return
     transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
@@ -147,11 +147,11 @@ def bound(scope: Scope, silent_seconds: float) -> None:
 
 async def abort(scope: Scope) -> None:
     """Cut the connection at once: a close would wait for ever until the reader took the rest."""
-    transport = _transport(scope)
+    transport = transport_of(scope)
     if transport is not None:
         transport.abort()
         await asyncio.sleep(0)  # so that the server knows before this response ends
 
 
-def _transport(scope: Scope) -> Any:
+def transport_of(scope: Scope) -> Any:
     return scope.get("extensions", {}).get(TRANSPORT)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import httpx2
+import msgspec
 from sqlalchemy.engine import Connection
 
 from tunesmith.errors import NotFoundError, NotReadyError, TuningAPIError
 from tunesmith.hub.answers import Answer, Target, bearer, message
 from tunesmith.hub.foreign import Foreign
+from tunesmith.hub.hop import Hop, HopError, HopTimeout
 from tunesmith.hub.names import FoundModel
 from tunesmith.hub.principal import Principal
 from tunesmith.hub.pulse import Pulse
@@ -29,12 +31,16 @@ if TYPE_CHECKING:
     from tunesmith.hub import Hub
 
 log = logging.getLogger(__name__)
+_to_json = msgspec.json.Encoder().encode
 
 ENGINE_BYTES = 600 << 20
 """An engine without its weights: torch, a cache for a few requests."""
 WORKER_SECONDS = 15.0
 """A server that was just started waits so long for its worker, before it refuses a chat."""
 REPEAT_SECONDS = 10.0
+FOUND_SECONDS = 0.5
+"""What a name stands for is good for so long: a busy model is not looked up for each request."""
+_MAX_FOUND = 1000
 ALIVE_SECONDS = 5.0
 """For an engine to say that it lives, after a connection to it broke."""
 LOST_SECONDS = 120.0
@@ -46,6 +52,7 @@ class Engines:
 
     def __init__(self, hub: "Hub") -> None:
         self._hub = hub
+        self._found: dict[tuple[object, ...], tuple[float, FoundModel | Target]] = {}
         self._adapters: dict[str, set[str]] = {}
         self._loading: dict[tuple[str, str], asyncio.Lock] = {}
         self._ordered: dict[tuple[str, str, str], float] = {}
@@ -55,6 +62,7 @@ class Engines:
         self._looking: asyncio.Task[None] | None = None
         self._client: httpx2.AsyncClient | None = None
         self.foreign = Foreign(hub.settings, self._http)
+        self.hop = Hop()
 
     @property
     def _settings(self) -> Settings:
@@ -83,10 +91,10 @@ class Engines:
             try:
                 target, served = await self.place(model, who, precision)
                 answer = await self._send(target, path, body | {"model": served}, model)
-            except httpx2.TransportError as error:
+            except (HopError, httpx2.TransportError) as error:
                 if target is not None:
                     await self._doubt(target, error)
-                if is_last_try or isinstance(error, httpx2.ReadTimeout):
+                if is_last_try or isinstance(error, HopTimeout | httpx2.ReadTimeout):
                     raise _not_ready(f"the engine of {model!r} does not answer") from None
                 continue
             if answer.status != 404 or is_last_try or not self._forget(target, served):
@@ -98,15 +106,29 @@ class Engines:
         self, model: str, who: Principal, precision: str | None = None, field: str = "model"
     ) -> tuple[Target, str]:
         """Where a model answers, and how it is called there. Raises as `ask`."""
+        found = await self._find(model, who, field)
+        if isinstance(found, Target):
+            return found, found.base_name
+        target = await self.foreign.holding(found) or await self.ready(found, precision)
+        return target, await self.served_name(target, found)
+
+    async def _find(self, model: str, who: Principal, field: str) -> FoundModel | Target:
+        """Looked up anew after a moment; what is not there is looked for each time."""
+        now, key = time.monotonic(), (model, who.owner, who.sees_all, field)
+        seen = self._found.get(key)
+        if seen is not None and now - seen[0] < FOUND_SECONDS:
+            return seen[1]
+        found: FoundModel | Target | None
         try:
             found = await asyncio.to_thread(self._hub.find_model, model, who, field)
         except NotFoundError:
-            foreign = await self.foreign.named(model)
-            if foreign is None:
+            found = await self.foreign.named(model)
+            if found is None:
                 raise
-            return foreign, foreign.base_name
-        target = await self.foreign.holding(found) or await self.ready(found, precision)
-        return target, await self.served_name(target, found)
+        if len(self._found) > _MAX_FOUND:
+            self._found.clear()
+        self._found[key] = (now, found)
+        return found
 
     def _forget(self, target: Target, served: str) -> bool:
         """Whether an adapter was thought to be there that the engine does not know (any more)."""
@@ -124,21 +146,19 @@ class Engines:
         self._used.add(target.engine_id)
         if not target.is_ours:
             body = {name: value for name, value in body.items() if name != FIT}
-        request = self._http().build_request(
-            "POST",
-            target.url + path,
-            json=body,
-            headers=bearer(target.key) | {MODEL_HEADER: quote(model)},
-        )
         self._busy[target.engine_id] = self._busy.get(target.engine_id, 0) + 1
+        url, headers = target.url + path, bearer(target.key) | {MODEL_HEADER: quote(model)}
         try:
-            response = await self._http().send(request, stream=True)
-            headers = {name.lower(): value for name, value in response.headers.items()}
-            answer = Answer(response.status_code, headers, response, self, target.engine_id)
-            if not answer.is_stream:  # so that an engine that ends half-way is not a whole answer
-                await response.aread()
+            wire = await self.hop.post(url, headers, _to_json(body))
         except BaseException:
             self.let_go(target.engine_id)
+            raise
+        answer = Answer(target, wire, self, url)
+        try:
+            if not answer.is_stream:
+                await answer.read()
+        except BaseException:
+            await answer.close()
             raise
         return answer
 
@@ -337,6 +357,7 @@ class Engines:
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
+        self.hop.close()
         if self._client is not None:
             await self._client.aclose()
 

@@ -1,5 +1,6 @@
 """The inference contract: a dialect of OpenAI's, with a model that is loaded for all requests."""
 
+import json
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from tunesmith.api.stream import EventStream
 from tunesmith.api.strict import StrictRoute
 from tunesmith.errors import RateLimitError, TuningAPIError
 from tunesmith.hub import Hub
-from tunesmith.hub.answers import Answer, message
+from tunesmith.hub.answers import Answer
 from tunesmith.hub.loaded import short
 from tunesmith.hub.principal import Principal
 from tunesmith.infer import contract
@@ -71,7 +72,7 @@ async def _answer(asked: Generate | Chat, hub: Hub, who: Principal) -> Response:
     try:
         if answer.status >= 400:
             raise _refusal(answer)
-        return JSONResponse(reply.whole(answer.response.json()))
+        return JSONResponse(reply.whole(json.loads(answer.body)))
     finally:
         await answer.close()
 
@@ -83,7 +84,7 @@ async def _frames(reply: Reply, answer: Answer) -> AsyncGenerator[bytes, None]:
 
 def _refusal(answer: Answer) -> TuningAPIError:
     """What the engine refused, in this contract's shape."""
-    error = error_for(answer.status, message(answer.response))
+    error = error_for(answer.status, answer.message())
     wait = answer.headers.get("retry-after", "")
     if isinstance(error, RateLimitError) and wait.isdigit():
         error.retry_after = int(wait)

@@ -5,19 +5,16 @@ The body goes to the engine that holds the model as it came, but for the model's
 back goes to the client as it comes.
 """
 
-from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import StreamingResponse
 
 from tunesmith.api.auth import KeyHolder, key_holder, pace
 from tunesmith.api.deps import HubDep
-from tunesmith.api.stream import EventStream
+from tunesmith.api.piped import Piped
 from tunesmith.api.strict import StrictRoute, read_json
 from tunesmith.errors import BadRequestError
 from tunesmith.hub import Hub
-from tunesmith.hub.answers import Answer
 from tunesmith.spec.chat import MAX_TEXT
 
 
@@ -157,10 +154,9 @@ async def _forward(path: str, request: Request, hub: HubDep, who: KeyHolder) -> 
     answer = await hub.engines.ask(path, model, body, who)
     headers = {name: value for name, value in answer.headers.items() if name in _KEPT_HEADERS}
     if answer.is_stream:
-        return EventStream(_parts(answer), answer.close)
-    return StreamingResponse(
-        _parts(answer), answer.status, media_type="application/json", headers=headers
-    )
+        return Piped(answer)
+    await answer.close()
+    return Response(answer.body, answer.status, headers, media_type="application/json")
 
 
 _KEPT_HEADERS = {"retry-after", "x-should-retry"}
@@ -171,11 +167,3 @@ async def _object(request: Request) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise BadRequestError("the body must be a JSON object")
     return body
-
-
-async def _parts(answer: Answer) -> AsyncGenerator[bytes, None]:
-    try:
-        async for part in answer.parts():
-            yield part
-    finally:
-        await answer.close()
