@@ -463,6 +463,21 @@ def test_a_model_that_is_served_otherwise_gets_no_name_and_keeps_its_files(house
     assert f"ft:changed:local:other:{job_id}:ckpt-step-400" in names
 
 
+def test_a_model_that_took_anothers_place_answers_from_then_on(house: House) -> None:
+    client = openai.OpenAI(api_key="test-key-001", base_url=house.url + "/v1", timeout=120)
+    heard = []
+    for rate in (1e-4, 5e-2):
+        fields = {"num_epochs": 1, "use_lora": False, "output_dir": "outputs/same"}
+        job = house.wait_end(house.submit(learning_rate=rate, **fields))
+        assert job["status"] == "completed", job
+        reply = client.completions.create(
+            model="outputs/same", prompt="水", max_tokens=3, temperature=0, logprobs=1
+        )
+        assert reply.choices[0].logprobs is not None
+        heard.append(reply.choices[0].logprobs.token_logprobs)
+    assert heard[0] != heard[1]
+
+
 def test_a_queued_job_is_cancelled_at_once(house: House) -> None:
     long = [house.submit(num_epochs=10_000) for _ in range(3)]
     last = house.submit(num_epochs=1)

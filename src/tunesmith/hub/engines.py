@@ -201,20 +201,25 @@ class Engines:
         living = self._living()
         for row in living:
             is_it = row.model_path == base and precision in (None, row.precision)
-            if is_it and row.state == "ready" and not row.should_stop:
+            if is_it and _is_of(row, found) and row.state == "ready" and not row.should_stop:
                 return row.id
         memory = found.folder.weight_bytes * 2 + ENGINE_BYTES
-        wanted = await self._hub.write(
-            lambda tx: rows.want(
+
+        def work(tx: Connection) -> rows.Engine:
+            for row in rows.list_engines(tx):
+                if row.model_path == base and not _is_of(row, found):
+                    rows.stop(tx, row.id)
+            return rows.want(
                 tx,
                 base,
                 found.folder.base.name,
                 max_engines=self._settings.max_engines,
                 needs=Needs(memory_bytes=memory),
+                options={"mark": found.folder.mark},
                 precision=precision or "auto",
             )
-        )
-        return wanted.id
+
+        return (await self._hub.write(work)).id
 
     async def served_name(self, target: Target, found: FoundModel) -> str:
         """The base's own name, or the adapter's, loaded first where the engine has not got it."""
@@ -381,6 +386,12 @@ class Engines:
             timeout = httpx2.Timeout(600, connect=5)
             self._client = httpx2.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
         return self._client
+
+
+def _is_of(row: rows.Engine, found: FoundModel) -> bool:
+    """Whether it was started for the files that are there now: a folder's may be replaced."""
+    mark: str = row.options.get("mark", found.folder.mark)
+    return mark == found.folder.mark
 
 
 def _differs(tx: Connection, ask: WorkAsk) -> bool:

@@ -1,5 +1,6 @@
 """What a model folder holds, read without torch: its kind, size, context, tokenizer."""
 
+import hashlib
 import json
 import math
 import os
@@ -83,6 +84,8 @@ class ModelFolder:
     """A reward model: it gives a number, and no tokens."""
     files: tuple[Path, ...] = ()
     """All that is read of it, of the adapter and of the base."""
+    mark: str = ""
+    """Another where the base's files were put in the place of others, or written to."""
 
     @property
     def context_length(self) -> int | None:
@@ -121,7 +124,7 @@ def read(path: Path, field: str = "model") -> ModelFolder:
 
 @lru_cache(maxsize=256)
 def _read(
-    path: Path, base: Path, is_adapter: bool, field: str, _stamps: tuple[object, ...]
+    path: Path, base: Path, is_adapter: bool, field: str, stamps: tuple[object, ...]
 ) -> ModelFolder:
     config, adapter_config = _json(base / "config.json", field), path / "adapter_config.json"
     for folder in dict.fromkeys((path, base)):
@@ -152,7 +155,14 @@ def _read(
         ),
         is_scoring=_is_scoring(config, _json(adapter_config, field) if is_adapter else {}),
         files=_files(path) + (() if base == path else _files(base)),
+        mark=_mark(stamps[-1]),
     )
+
+
+def _mark(stamp: Any) -> str:
+    """Without the time of the last link to a file."""
+    told = [tuple(entry)[:-1] for entry in stamp]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 def _is_scoring(config: dict[str, Any], adapter: dict[str, Any]) -> bool:
