@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tunesmith.infer.draw import Draw
-from tunesmith.infer.sampler import Score, shape, weaken_seen
+from tunesmith.infer.sampler import Score, weaken_seen
 from tunesmith.infer.sampler import sample as sample_picks
-from tunesmith.nn.sampling import keep_min_p, keep_top_k, keep_top_p, pick
+from tunesmith.nn.sampling import keep_top_k, keep_top_p, pick, tempered
 from tunesmith.spec.chat import Sampling
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0])
@@ -61,30 +61,51 @@ def test_top_k_is_each_rows_own() -> None:
     assert kept(rows) == [[0], [0, 1, 2], [0, 1, 2, 3]]
 
 
-def test_min_p_is_a_share_of_the_likeliest() -> None:
-    rows = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(3, 1)
-    assert kept(keep_min_p(rows, torch.tensor([0.55, 0.2, 0.0]))) == [
-        [0, 1],
-        [0, 1, 2],
-        [0, 1, 2, 3],
-    ]
+def expected(logits_V: torch.Tensor, asked: Sampling) -> torch.Tensor:
+    """The plain way: everything sorted and masked, in transformers' order."""
+    row = tempered(logits_V[None].double(), asked.temperature)
+    row = keep_top_k(row, torch.tensor([asked.top_k]))
+    row = keep_top_p(row, torch.tensor([asked.top_p], dtype=torch.float64))
+    weights = row.softmax(-1)[0]
+    weights[weights < asked.min_p * weights.max()] = 0
+    return weights / weights.sum()
 
 
-def test_temperature_scales_before_the_softmax() -> None:
-    asked = [Sampling(temperature=0.5), Sampling(temperature=2)]
-    weights = shape(asked, LOGITS.repeat(2, 1))
-    torch.testing.assert_close(weights[0], (LOGITS * 2).softmax(0))
-    torch.testing.assert_close(weights[1], (LOGITS / 2).softmax(0))
+def odds(logits_V: torch.Tensor, count: int, **asked: Any) -> torch.Tensor:
+    """How often each id is drawn, by numbers spread evenly."""
+    rows = logits_V.repeat(count, 1)
+    ids = sample(rows, [draw((i + 0.5) / count, **asked) for i in range(count)])
+    return torch.bincount(torch.tensor(ids), minlength=len(logits_V)) / count
 
 
-def test_a_temperature_near_zero_is_greedy_and_not_nan() -> None:
-    weights = shape([Sampling(temperature=1e-300)], (LOGITS * 1e4)[None])
-    assert weights[0].tolist() == [1, 0, 0, 0]
+WISHES: list[dict[str, Any]] = [
+    {"temperature": 0.5},
+    {"temperature": 2, "min_p": 0.1},
+    {"temperature": 1e-300},
+    {"temperature": 1, "top_k": 1},
+    {"temperature": 1, "top_k": 7, "top_p": 0.6},
+    {"temperature": 1.5, "top_p": 0.9},
+    {"temperature": 0.7, "top_p": 0.99, "min_p": 0.01},
+    {"temperature": 1, "top_k": 5000, "top_p": 1e-9},
+    {"temperature": 2, "top_k": 300},
+]
 
 
-def test_top_p_comes_after_top_k_as_in_transformers() -> None:
-    weights = shape([Sampling(temperature=1, top_k=2, top_p=0.6)], LOGITS[None])
-    assert weights[0].tolist() == [1, 0, 0, 0]
+@pytest.mark.parametrize("asked", WISHES, ids=str)
+@pytest.mark.parametrize("size", [4, 1000, 3000])
+def test_ids_are_drawn_as_often_as_the_plain_way_says(asked: dict[str, Any], size: int) -> None:
+    torch.manual_seed(size)
+    logits = torch.randn(size) * 2
+    theirs = expected(logits, Sampling.model_validate(asked))
+    own = odds(logits, 500, **asked)
+    assert (own - theirs).abs().max() < 1.01 / 500
+    assert not own[theirs == 0].any()
+
+
+def test_a_flat_row_reaches_its_top_p_however_many_ids_that_takes() -> None:
+    own = odds(torch.zeros(9000), 2000, temperature=1, top_p=0.5)
+    assert (own > 0).sum() > 1500
+    assert own.nonzero().max() < 9000
 
 
 def test_repetition_penalty_weakens_both_signs() -> None:

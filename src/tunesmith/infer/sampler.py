@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import ServerError, TuningAPIError
+from tunesmith.infer.chance import choose
 from tunesmith.infer.draw import Amounts, Draw, Ids
-from tunesmith.nn.sampling import keep_min_p, keep_top_k, keep_top_p, pick, tempered
-from tunesmith.spec.chat import Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,8 @@ def sample(logits_BV: Tensor, draws: Many[Draw]) -> list[Pick]:
     ids = likeliest(logits_BV)
     special = [i for i, draw in enumerate(draws) if ids[i] is not None and not draw.is_plain]
     if special:
-        chosen = _choose(logits_BV[special].float(), [draws[i] for i in special])
+        part_BV = logits_BV if len(special) == len(draws) else logits_BV[special]
+        chosen = _choose(part_BV.float(), [draws[i] for i in special])
         for i, id_ in zip(special, chosen, strict=True):
             ids[i] = id_
     scores = _scores(logits_BV, ids, draws)
@@ -91,46 +91,50 @@ def _scores(logits_BV: Tensor, ids: Many[int | None], draws: Many[Draw]) -> dict
 
 
 def _choose(logits_BV: Tensor, draws: Many[Draw]) -> list[int]:
-    """The ids of rows that ask for more than the likeliest. The logits are overwritten."""
-    edit(logits_BV, draws)
-    constrain(logits_BV, draws)
+    """The ids of rows that ask for more than the likeliest."""
+    logits_BV = constrain(edit(logits_BV, draws), draws)
     drawn = [i for i, draw in enumerate(draws) if not draw.is_greedy]
-    if not drawn:
-        return [int(id_) for id_ in logits_BV.argmax(dim=-1).tolist()]
-    weights_BV = shape([draws[i].sampling for i in drawn], logits_BV[drawn])
-    uniform_B = torch.tensor([draws[i].uniform() for i in drawn], dtype=torch.float64)
-    picked_B = pick(weights_BV, uniform_B.to(weights_BV.device))
     if len(drawn) == len(draws):
-        return [int(id_) for id_ in picked_B.tolist()]
-    ids_B = logits_BV.argmax(dim=-1)
-    ids_B[drawn] = picked_B
-    return [int(id_) for id_ in ids_B.tolist()]
+        return choose(logits_BV, draws)
+    ids = [int(id_) for id_ in logits_BV.argmax(dim=-1).tolist()]
+    if drawn:
+        for i, id_ in zip(drawn, choose(logits_BV[drawn], [draws[i] for i in drawn]), strict=True):
+            ids[i] = id_
+    return ids
 
 
-def edit(logits_BV: Tensor, draws: Many[Draw]) -> None:
-    """Apply penalties, biases and bans to the rows that ask for them, in place and all at once."""
+def edit(logits_BV: Tensor, draws: Many[Draw]) -> Tensor:
+    """Penalties, biases and bans of the rows that ask for them, all at once. Returns a copy, or
+    the logits themselves where none does."""
     seen = [(i, ids) for i, draw in enumerate(draws) if (ids := draw.seen) is not None]
+    added = [(i, *columns) for i, draw in enumerate(draws) for columns in draw.additions()]
+    if seen or added:
+        logits_BV = logits_BV.clone()
     if seen:
         penalties: list[Amounts] = [
             np.full(len(ids), draws[i].sampling.repetition_penalty, np.float32) for i, ids in seen
         ]
         at = _places(seen, logits_BV.device)
         logits_BV[at] = weaken_seen(logits_BV[at], _tensor(penalties, logits_BV))
-    added = [(i, *columns) for i, draw in enumerate(draws) for columns in draw.additions()]
     if added:
         at = _places([(i, ids) for i, ids, _ in added], logits_BV.device)
         amounts_N = _tensor([amounts for _, _, amounts in added], logits_BV)
         logits_BV.index_put_(at, amounts_N, accumulate=True)
+    return logits_BV
 
 
-def constrain(logits_BV: Tensor, draws: Many[Draw]) -> None:
-    """Leave to the rows that follow a grammar the tokens it allows, in place."""
+def constrain(logits_BV: Tensor, draws: Many[Draw]) -> Tensor:
+    """Leave to the rows that follow a grammar the tokens it allows. Returns a copy, or the logits
+    themselves where none does."""
     guided = [(i, draw.guide) for i, draw in enumerate(draws) if draw.guide is not None]
-    if guided:
-        rows = [i for i, _ in guided]
-        allowed_BV = torch.from_numpy(np.stack([guide.mask() for _, guide in guided]))
-        is_banned_BV = ~allowed_BV.to(logits_BV.device)
-        logits_BV[rows] = logits_BV[rows].masked_fill(is_banned_BV, -torch.inf)
+    if not guided:
+        return logits_BV
+    rows = [i for i, _ in guided]
+    allowed_BV = torch.from_numpy(np.stack([guide.mask() for _, guide in guided]))
+    is_banned_BV = ~allowed_BV.to(logits_BV.device)
+    logits_BV = logits_BV.clone()
+    logits_BV[rows] = logits_BV[rows].masked_fill(is_banned_BV, -torch.inf)
+    return logits_BV
 
 
 def weaken_seen(logits_N: Tensor, penalty: float | Tensor) -> Tensor:
@@ -142,22 +146,6 @@ def weaken_seen(logits_N: Tensor, penalty: float | Tensor) -> Tensor:
     presence penalties"; they count the continuation only.
     """
     return torch.where(logits_N > 0, logits_N / penalty, logits_N * penalty)
-
-
-def shape(samplings: Many[Sampling], logits_BV: Tensor) -> Tensor:
-    """Temperature, then top-k, top-p and min-p. Returns (B, V) probabilities; rows sum to 1."""
-    columns = [(each.temperature, each.top_k, each.top_p, each.min_p) for each in samplings]
-    temperature_B1, top_k_B1, top_p_B1, min_p_B1 = torch.tensor(
-        columns, dtype=torch.float64, device=logits_BV.device
-    ).T.unsqueeze(-1)
-    logits_BV = tempered(logits_BV, temperature_B1)
-    if any(0 < k < logits_BV.shape[-1] for _, k, _, _ in columns):
-        logits_BV = keep_top_k(logits_BV, top_k_B1.squeeze(-1).long())
-    if any(p < 1 for _, _, p, _ in columns):
-        logits_BV = keep_top_p(logits_BV, top_p_B1.squeeze(-1))
-    if any(p > 0 for _, _, _, p in columns):
-        logits_BV = keep_min_p(logits_BV, min_p_B1.squeeze(-1))
-    return logits_BV.softmax(dim=-1)
 
 
 def score(logits_BV: Tensor, ids: Many[int], tops: Many[int]) -> list[Score]:

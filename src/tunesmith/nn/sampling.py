@@ -49,17 +49,6 @@ def keep_top_p(logits_BV: Tensor, top_p_B: Tensor) -> Tensor:
     return torch.empty_like(logits_BV).scatter_(-1, order_BV, kept_BV)
 
 
-def keep_min_p(logits_BV: Tensor, min_p_B: Tensor) -> Tensor:
-    """Drop tokens less likely than `min_p` times the likeliest. A min_p of 0 keeps the row whole.
-
-    Returns (B, V) logits with -inf where dropped; the input is left alone.
-    Source: Nguyen et al. 2024, arXiv:2407.01082, section 3.
-    """
-    largest_B1 = logits_BV.amax(dim=-1, keepdim=True)
-    floor_B1 = largest_B1 + min_p_B[:, None].log().to(logits_BV.dtype)
-    return logits_BV.masked_fill(logits_BV < floor_B1, -torch.inf)
-
-
 def pick(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Draw one id of each row (B,) by inverting the distribution function at a float64 number
     from [0, 1).
