@@ -86,13 +86,14 @@ class Limit:
 
 LIMITS = {
     "fp32": Limit(2e-3, 2e-4),
-    "fp16": Limit(0.1, 0.01),
-    "bf16": Limit(0.6, 0.06),
-    "q8_0": Limit(0.6, 0.06),
-    "int8": Limit(1.5, 0.15),
-    "4bit": Limit(6.0, 0.6),
+    "fp16": Limit(0.3, 0.02),
+    "q8_0": Limit(1.0, 0.06),
+    "bf16": Limit(2.0, 0.1),
+    "int8": Limit(3.0, 0.2),
+    "4bit": Limit(8.0, 0.8),
 }
-"""By what a model is held or computed in, the finest first; of two, the coarser holds."""
+"""By what a model is held or computed in, the finest first; of two, the coarser holds. A token that
+is unlikely is held coarsely: the mean says more than the largest."""
 
 
 def limit_of(*formats: str) -> tuple[str, Limit]:

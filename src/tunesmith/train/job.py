@@ -422,7 +422,7 @@ class Job:
             model=cast(LanguageModel, opened.model),
             renderer=opened.renderer,
             rows=opened.eval_rows or opened.rows,
-            precision=self._plan.precision,
+            precision=self._format(),
             device=self._plan.device,
             seed=self._spec.optim.seed,
             base_facts=opened.facts,
@@ -433,6 +433,12 @@ class Job:
             if not is_out_of_memory(error):
                 raise
             self._notice("not_heard", f"memory did not suffice to hear the model: {judge(error)}")
+
+    def _format(self) -> str:
+        """What a comparison has to allow for: frozen weights of few bits, or half precision."""
+        few = {"4bit": "4bit", "8bit": "int8"}.get(self._spec.run.quantization or "")
+        is_on_gpu = self._plan.device.startswith("cuda")
+        return few if few is not None and is_on_gpu else self._plan.precision
 
     def _stages(self) -> Stages | None:
         """Of the process that writes."""
