@@ -181,6 +181,20 @@ def test_strict_arguments_are_held_to_where_the_model_may_choose(client: openai.
         chat(client, "llama", tools=tools)
 
 
+def test_an_answer_that_calls_nothing_follows_its_format(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    told = {"name": "it", "strict": True, "schema": schema | {"additionalProperties": False}}
+    form: Any = {"type": "json_schema", "json_schema": told}
+    mark = str(made.tokenizer().get_vocab_size())
+    for bias, finish in [(-100, "stop"), (100, "tool_calls")]:
+        asked: dict[str, Any] = {"response_format": form, "logit_bias": {mark: bias}, "seed": 4}
+        choice = chat(client, "hermes", parallel_tool_calls=False, **asked).choices[0]
+        assert choice.finish_reason == finish
+        assert bool(choice.message.tool_calls) is (bias > 0)
+        if bias < 0:
+            assert isinstance(json.loads(choice.message.content)["ok"], bool)
+
+
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("tiny", {}, "tools"),
     (

@@ -16,7 +16,7 @@ from tunesmith.infer.chat import Piece
 from tunesmith.infer.dialects import HERMES, LLAMA, Dialect, dialect_of
 from tunesmith.infer.guide import Grammar, compile_grammar
 from tunesmith.infer.lexicon import Lexicon
-from tunesmith.infer.schema import BLANKS, json_grammar
+from tunesmith.infer.schema import embedded, json_grammar
 from tunesmith.infer.toolspec import Function, NamedChoice, Tool, ToolChoice
 from tunesmith.infer.voices import Voice
 
@@ -67,9 +67,14 @@ class Calling:
         """Whether a grammar is needed."""
         return self.must or any(each.strict for each in self.callable)
 
-    def grammar(self, lexicon: Lexicon, marks: Mapping[int, str]) -> Grammar:
-        """Slow: call it off the event loop. Raises BadRequestError where a schema is wrong."""
-        text = self._lark({text: id_ for id_, text in marks.items()})
+    def grammar(
+        self, lexicon: Lexicon, marks: Mapping[int, str], answer: str | None = None
+    ) -> Grammar:
+        """`answer`: the schema of what is said where nothing is called; any text without one.
+
+        Slow: call it off the event loop. Raises BadRequestError where a schema is wrong.
+        """
+        text = self._lark({text: id_ for id_, text in marks.items()}, answer)
         try:
             return compile_grammar(LLMatcher.grammar_from_lark(text), lexicon)
         except ValueError as error:
@@ -80,13 +85,16 @@ class Calling:
                     json_grammar(tool.function.parameters, param, lexicon, is_strict)
             raise BadRequestError(f"tools: {str(error)[:300]}", param="tools") from None
 
-    def _lark(self, special: Mapping[str, int]) -> str:
+    def _lark(self, special: Mapping[str, int], answer: str | None) -> str:
         bodies = [self._body(each) for each in self.callable]
         rules = [f"body{at}: %json {body}" for at, body in enumerate(bodies)]
         rules.append("body: " + " | ".join(f"body{at}" for at in range(len(bodies))))
-        head, tail = self._calls(special)
+        head, tail = self._calls(special, has_end=self.must or answer is not None)
         if self.must:
             return "\n".join([f"start: {head} {tail}", *rules])
+        if answer is not None:
+            rules += [f"called: {head} {tail}", f"answer: %json {answer}"]
+            return "\n".join(["start: called | answer", *rules])
         if self.dialect is LLAMA:
             raise BadRequestError(
                 "this model's calls begin with no mark, so strict cannot be held to while it may "
@@ -97,15 +105,16 @@ class Calling:
         rules += [f"told: begun {tail}", *_begun(head), "TEXT: /(.|\\n)*/"]
         return "\n".join([f"start: told{times} rest", "rest: TEXT", *rules])
 
-    def _calls(self, special: Mapping[str, int]) -> tuple[str, str]:
-        """The opening mark, and what follows it to the end of the calls."""
+    def _calls(self, special: Mapping[str, int], has_end: bool) -> tuple[str, str]:
+        """The opening mark, and what follows it to the end of the calls, or of the first where
+        text may follow."""
         dialect = self.dialect
         opening, closing = (_quoted(mark, special) for mark in (dialect.opening, dialect.closing))
         if dialect is LLAMA:
             return "", "body" + self._more('"; " body')
         if dialect is HERMES:
             one = f'"\\n" body "\\n" {closing}'
-            return opening, one + (self._more(f'"\\n" {opening} {one}') if self.must else "")
+            return opening, one + (self._more(f'"\\n" {opening} {one}') if has_end else "")
         more = self._more('", " body')
         return opening, f'" "? "[" body{more} {closing}'
 
@@ -124,9 +133,8 @@ class Calling:
             "required": ["name", self.dialect.arguments],
             "additionalProperties": False,
             **shared,
-            "x-guidance": {"whitespace_pattern": BLANKS, "lenient": not function.strict},
         }
-        return msgspec.json.encode(schema).decode()
+        return embedded(schema, bool(function.strict))
 
 
 def _begun(opening: str) -> list[str]:

@@ -1,12 +1,11 @@
 """What a request's answer is held to, as a grammar: its response format, or calls of tools."""
 
-from tunesmith.errors import BadRequestError
 from tunesmith.infer import openai
 from tunesmith.infer.calling import Calling
 from tunesmith.infer.chat import in_reader
 from tunesmith.infer.guide import Grammar
 from tunesmith.infer.lexicon import lexicon_of
-from tunesmith.infer.schema import json_grammar
+from tunesmith.infer.schema import embedded, json_grammar
 from tunesmith.infer.voices import Voice
 
 _ANY_OBJECT = {"type": "object"}
@@ -17,28 +16,24 @@ async def grammar_of(
 ) -> Grammar | None:
     """None where any text will do. Raises BadRequestError that says where a schema is wrong."""
     wanted = asked.response_format
-    is_json = wanted is not None and wanted.type != "text"
-    if is_json and calling is not None:
-        raise BadRequestError(
-            "response_format and tools cannot both hold an answer: leave one out, or give "
-            "tool_choice: none",
-            param="response_format",
-        )
-    if calling is not None and calling.is_held:
-        return await in_reader(lambda: _calls(calling, voice, vocabulary))
-    if wanted is None or not is_json:
+    if wanted is not None and wanted.type == "text":
+        wanted = None
+    if wanted is None and (calling is None or not calling.is_held):
         return None
-    return await in_reader(lambda: _json(wanted, voice, vocabulary))
+    return await in_reader(lambda: _compiled(wanted, calling, voice, vocabulary))
 
 
-def _calls(calling: Calling, voice: Voice, vocabulary: int) -> Grammar:
-    return calling.grammar(lexicon_of(voice.renderer, vocabulary), calling.marks(voice))
-
-
-def _json(wanted: openai.ResponseFormat, voice: Voice, vocabulary: int) -> Grammar:
+def _compiled(
+    wanted: openai.ResponseFormat | None, calling: Calling | None, voice: Voice, vocabulary: int
+) -> Grammar:
     lexicon = lexicon_of(voice.renderer, vocabulary)
-    if wanted.json_schema is None:
-        return json_grammar(_ANY_OBJECT, "response_format", lexicon)
-    param = "response_format.json_schema.schema"
-    schema = wanted.json_schema.schema_
-    return json_grammar(schema, param, lexicon, bool(wanted.json_schema.strict))
+    answer = None
+    if wanted is not None:
+        told = wanted.json_schema
+        schema, is_strict = (told.schema_, bool(told.strict)) if told else (_ANY_OBJECT, True)
+        plain = json_grammar(schema, "response_format.json_schema.schema", lexicon, is_strict)
+        if calling is None:
+            return plain
+        answer = embedded(schema, is_strict)
+    assert calling is not None, "one of them holds the answer"
+    return calling.grammar(lexicon, calling.marks(voice), answer)

@@ -41,6 +41,12 @@ def written(schema: dict[str, Any], param: str, is_strict: bool = True) -> str:
     return str(LLMatcher.grammar_from_json_schema(text, overrides=options))
 
 
+def embedded(schema: dict[str, Any], is_strict: bool) -> str:
+    """A schema as a part of a larger grammar."""
+    options = {"whitespace_pattern": BLANKS, "lenient": not is_strict}
+    return msgspec.json.encode({**schema, "x-guidance": options}).decode()
+
+
 def _explained(reason: str, schema: Any) -> str:
     """What is wrong and where: by the standard's own schema, else what llguidance names, looked
     up in the schema."""
