@@ -20,41 +20,44 @@ _pool = ThreadPoolExecutor(2, thread_name_prefix="guide")
 
 
 class Guide:
-    """One answer's place in a grammar. Used by the engine's thread alone."""
+    """One answer's place in a grammar. Used by the engine's thread alone, and the matcher by it
+    only while no mask is being computed."""
 
     def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
         self._matcher = matcher
         self._vocabulary = vocabulary
+        self.is_over = False
+        """Whether nothing can follow but the end."""
+        self.error: BadRequestError | None = None
+        """What became of a grammar that asks for too much work at a token, or has no end."""
         self._mask: Future[bytes] = _pool.submit(matcher.compute_bitmask)
 
     def mask(self) -> NDArray[np.bool_]:
         """(V,) which tokens may come next: an end token where the answer may end here."""
         packed = np.frombuffer(self._mask.result(), np.uint8)
+        self._look()
+        if self.error is not None:
+            return np.ones(self._vocabulary, np.bool_)
         bits = np.unpackbits(packed, count=self._vocabulary, bitorder="little")
         return bits.view(np.bool_)
 
     def push(self, id_: int) -> None:
-        """The token that was drawn."""
-        self._matcher.consume_token(id_)
-        if not self._matcher.is_stopped():
+        """The token that was drawn under the last mask."""
+        if self.error is None:
+            self._matcher.consume_token(id_)
+            self._look()
+        if not self.is_over:
             self._mask = _pool.submit(self._matcher.compute_bitmask)
 
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing can follow but the end."""
-        return bool(self._matcher.is_stopped())
-
-    @property
-    def error(self) -> BadRequestError | None:
-        """What became of a grammar that asks for too much work at a token, or has no end."""
-        if not self._matcher.is_error():
-            return None
-        reason = self._matcher.get_error().strip().splitlines()[:1]
-        return BadRequestError(
-            f"the schema cannot be followed to an end: {''.join(reason)[:300]}",
-            param="response_format",
-            error_code="schema_not_followed",
-        )
+    def _look(self) -> None:
+        self.is_over = bool(self._matcher.is_stopped())
+        if self._matcher.is_error():
+            reason = self._matcher.get_error().strip().splitlines()[:1]
+            self.error = BadRequestError(
+                f"the schema cannot be followed to an end: {''.join(reason)[:300]}",
+                param="response_format",
+                error_code="schema_not_followed",
+            )
 
 
 class Grammar:
