@@ -22,13 +22,13 @@ QUIET = {
 class Side:
     """A child that answers measurements; libraries stay imported between them."""
 
-    def __init__(self, script: str, threads: int) -> None:
+    def __init__(self, script: str, threads: int, python: str = sys.executable) -> None:
         self._script = script
         self._kernels = tempfile.TemporaryDirectory(prefix="tunesmith-bench-")  # compiled anew
         environment = os.environ | QUIET | {"OMP_NUM_THREADS": str(threads)}
         environment["TORCHINDUCTOR_CACHE_DIR"] = self._kernels.name
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name(script))],
+            [python, str(Path(__file__).with_name(script))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

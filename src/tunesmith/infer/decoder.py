@@ -15,7 +15,7 @@ from torch import Tensor
 from tunesmith.infer.overlay import Dress, Overlaid
 from tunesmith.nn import gpt2, llama
 from tunesmith.nn.kernels import EAGER
-from tunesmith.nn.packed import Packed, Precision, apply, pack
+from tunesmith.nn.packed import Packed, Precision, apply, beside, pack
 from tunesmith.nn.projection import Part
 
 Norm = Callable[[Tensor], Tensor]
@@ -182,7 +182,8 @@ class _Maker:
         bias_N = torch.cat([self._state[name] for name in names]) if names else None
         parts = [Part(name, len(each)) for name, each in zip(modules, weights, strict=True)]
         joined = torch.cat(weights) if len(weights) > 1 else weights[0]
-        return Overlaid(pack(joined, bias_N, self._precision), tuple(parts))
+        packed = pack(joined, bias_N, self._precision)
+        return Overlaid(packed, tuple(parts), beside(self._precision))
 
     def _head(self, embedding_VH: Tensor) -> Packed:
         weight_VH = embedding_VH if self._config.tie_word_embeddings else self._state[HEAD]

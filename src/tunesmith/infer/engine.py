@@ -5,6 +5,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ import torch
 
 from tunesmith.errors import BadRequestError, ServerError, TuningAPIError
 from tunesmith.infer.guide import Guide
+from tunesmith.infer.pace import Pace
 from tunesmith.infer.runner import Next, Runner
 from tunesmith.infer.sampler import Pick, sample
-from tunesmith.infer.scheduler import Limits, Scheduler
+from tunesmith.infer.scheduler import Chunk, Limits, Scheduler
 from tunesmith.infer.sequence import Finish, Reader, Sequence, Token
 from tunesmith.spec.chat import Sampling
 
@@ -83,6 +85,7 @@ class Engine:
         self.runner = runner
         self.limits = limits
         self.scheduler = Scheduler(limits)
+        self._pace = Pace(limits.mixed_tokens, limits.step_tokens)
         self.steps = 0
         self._threads = threads
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -149,10 +152,11 @@ class Engine:
 
     def step(self) -> None:
         """Run one scheduler step: every planned chunk through the model, a token for each."""
+        self.scheduler.mixed_tokens = self._pace.tokens()
         chunks = self.scheduler.plan()
         self._move()
         if chunks:
-            found = self.runner.forward(chunks)
+            found = self._forward(chunks)
             self.scheduler.read(chunks)
             self._sample(found)
             for sequence in [each.sequence for each in chunks if each.is_last]:
@@ -160,6 +164,14 @@ class Engine:
                     self._end(sequence, Token(sequence.index, None, "length"))
             self.steps += 1
         self._move()
+
+    def _forward(self, chunks: list[Chunk]) -> Next:
+        began = time.perf_counter()
+        found = self.runner.forward(chunks)
+        prompts = sum(each.end - each.start for each in chunks if not each.is_next)
+        if any(each.is_next for each in chunks):
+            self._pace.note(prompts, time.perf_counter() - began)
+        return found
 
     def run(self, sequences: Many[Sequence]) -> None:
         """All of them to their ends, on this thread, in a process that serves nobody."""

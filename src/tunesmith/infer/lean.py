@@ -23,7 +23,7 @@ from tunesmith.infer.scheduler import Chunk
 from tunesmith.infer.sequence import Sequence
 from tunesmith.infer.sight import Sight
 from tunesmith.infer.slots import Form, Slots
-from tunesmith.nn.packed import Precision, can_bf16, rounded
+from tunesmith.nn.packed import Precision, beside, rounded
 
 _ROOTS = {"gpt2": "transformer."}
 
@@ -53,10 +53,8 @@ class LeanNet:
         self.modules = modules
         self.parameters, self.weight_shapes = files.parameters, files.weight_shapes
         self.precision = precision
-        # A CPU that has units for bf16 reads keys and values in half the time.
-        is_half = precision != "fp32" and can_bf16()
         sizes = [decoder.head_size] * len(decoder.blocks)
-        form = Form(decoder.kv_heads, sizes, torch.bfloat16 if is_half else torch.float32, "cpu")
+        form = Form(decoder.kv_heads, sizes, beside(precision), "cpu")
         self.bytes_per_token = form.bytes_per_token
         self._slots: Slots[Sequence] = Slots(form, longest)
 
@@ -102,6 +100,10 @@ class LeanNet:
         for block in self.decoder.blocks:
             for linear in block.linears:
                 linear.put_on(adapter, patches)
+
+    def adapter_bytes(self, patches: Mapping[str, Patch]) -> int:
+        """That they take as they are held."""
+        return sum(each.to(self._slots.form.dtype).bytes for each in patches.values())
 
     def take_off(self, adapter: int) -> None:
         for block in self.decoder.blocks:

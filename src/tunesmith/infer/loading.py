@@ -15,6 +15,7 @@ from tunesmith.infer.precision import Precision
 from tunesmith.infer.runner import Runner
 from tunesmith.infer.scheduler import Limits
 from tunesmith.infer.voices import Voice, Voices, renderer_of
+from tunesmith.nn.memory import keep_freed_memory
 
 _CACHE_SHARE = 4
 """A fourth of the memory that is free at the start is the default for the cache."""
@@ -74,6 +75,7 @@ class Loader:
         return weights * _GROWTH + _WORKING_BYTES < _free_bytes(self.device)
 
     def _load(self, wanted: Wanted) -> Served:
+        keep_freed_memory()
         model = load(wanted.path, wanted.name, self.device, wanted.precision, self._adapter_bytes)
         is_tuned = is_adapter(wanted.path)
         folder = base_of(wanted.path) if is_tuned else wanted.path

@@ -114,7 +114,7 @@ class ServedModel:
             patches = patches_of(folder, self._path, self._lean.modules) if self._lean else None
             if self._lean is not None and patches is not None:
                 self._lean.put_on(number, patches)
-                return sum(each.bytes for each in patches.values())
+                return self._lean.adapter_bytes(patches)
             self._hosted = self._hosted or self._open_hosted()
             self._hosted.put_on(number, folder)
             self._odd.add(number)

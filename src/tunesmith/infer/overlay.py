@@ -7,6 +7,7 @@ arXiv:2402.09353.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ _LOOSE = 4
 """Ranks that are multiplied with, at most, for each that is worn."""
 
 
+Owners = tuple[tuple[int, int], ...]
+"""Adapters with their counts of ranks, in order."""
+
+
 @dataclass(frozen=True)
 class Patch:
     """One adapter's change of one part."""
@@ -26,6 +31,11 @@ class Patch:
     up_RN: Tensor
     """The scale is in it."""
     magnitude_N: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> "Patch":
+        """As it is held. Products with rows are worked out in fp32 all the same, but for the first
+        one of many adapters at once: what counts is what has to be read."""
+        return Patch(self.down_RH.to(dtype), self.up_RN.to(dtype), self.magnitude_N)
 
     @property
     def rank(self) -> int:
@@ -52,54 +62,56 @@ class Dress:
 
     singles: list[int | None]
     stretches: list[Stretch]
-    _shares: dict[tuple[tuple[int, int], ...], Tensor] = field(default_factory=dict)
+    _shares: dict[Owners, Tensor | None] = field(default_factory=dict)
 
-    @property
-    def is_plain(self) -> bool:
-        return not self.stretches and not any(each is not None for each in self.singles)
+    def __post_init__(self) -> None:
+        self.worn = {each for each in self.singles if each is not None}
+        """By rows that are a sequence each."""
+        self.is_plain = not self.stretches and not self.worn
 
-    @property
-    def worn(self) -> set[int]:
-        return {each for each in self.singles if each is not None} | {
-            each.adapter for each in self.stretches
-        }
+    def shares(self, owners: Owners) -> Tensor | None:
+        """(D, R): 1 where a row wears the adapter that a rank belongs to. None where most of what
+        is loaded is not worn, and a product with all of it would be wasted."""
+        if owners not in self._shares:
+            self._shares[owners] = self._share(owners)
+        return self._shares[owners]
 
-    def shares(self, ranks: tuple[tuple[int, int], ...], like: Tensor) -> Tensor:
-        """(D, R): 1 where a row wears the adapter that a rank belongs to. `ranks` are adapters
-        with their counts of ranks, in order."""
-        if ranks not in self._shares:
-            owners = [adapter for adapter, count in ranks for _ in range(count)]
-            rows = [-1 if each is None else each for each in self.singles]
-            owners_R = torch.tensor(owners, device=like.device)
-            rows_D1 = torch.tensor(rows, device=like.device)[:, None]
-            self._shares[ranks] = (rows_D1 == owners_R).to(like.dtype)
-        return self._shares[ranks]
+    def _share(self, owners: Owners) -> Tensor | None:
+        of_worn = sum(count for adapter, count in owners if adapter in self.worn)
+        if sum(count for _, count in owners) > _LOOSE * of_worn:
+            return None
+        owners_R = torch.tensor([adapter for adapter, count in owners for _ in range(count)])
+        rows = [-1 if each is None else each for each in self.singles]
+        return (torch.tensor(rows)[:, None] == owners_R).float()
 
 
 class Overlaid:
     """x @ weight.T + bias of joined parts, and what each row's adapter adds."""
 
-    def __init__(self, packed: Packed, parts: tuple[Part, ...]) -> None:
-        self._packed = packed
+    def __init__(self, packed: Packed, parts: tuple[Part, ...], dtype: torch.dtype) -> None:
+        """`dtype` is the adapters' own."""
+        self._packed, self._dtype = packed, dtype
         self.parts = parts
-        self._columns: list[slice] = []
-        start = 0
-        for part in parts:
-            self._columns.append(slice(start, start + part.outputs))
-            start += part.outputs
-        self._stacks: dict[int, _Stack] = {}
-        """By the part's place."""
+        ends = [*accumulate(part.outputs for part in parts)]
+        self._columns = [
+            slice(end - part.outputs, end) for part, end in zip(parts, ends, strict=True)
+        ]
+        self._patches: dict[int, dict[int, Patch]] = {}
+        """By the adapter, then by the part's place. The tensors are views of the stack's."""
         self._ratios: dict[int, Tensor] = {}
         """Of each adapter that has magnitudes, (N of all parts)."""
+        self._stack: _Stack | None = None
 
     def __call__(self, x_TH: Tensor, dress: Dress, plus_TN: Tensor | None = None) -> Tensor:
-        if dress.is_plain or not self._stacks:
+        if dress.is_plain or self._stack is None:
             if plus_TN is None:
                 return apply(self._packed, x_TH)
             return self._packed.onto(x_TH, plus_TN)
         out_TN = self._packed.product(x_TH)
-        for place, stack in self._stacks.items():
-            stack.add(x_TH, dress, out_TN[:, self._columns[place]])
+        self._add_singles(x_TH, dress, out_TN, self._stack)
+        for each in dress.stretches:
+            rows = slice(each.start, each.end)
+            self._add(each.adapter, x_TH[rows], out_TN[rows])
         self._stretch(dress, out_TN)
         if self._packed.bias_N is not None:
             out_TN += self._packed.bias_N
@@ -107,26 +119,62 @@ class Overlaid:
 
     def put_on(self, adapter: int, patches: Mapping[str, Patch]) -> None:
         """`patches` by the names of modules; those of other layers are left out."""
+        own = {
+            place: patches[part.module]
+            for place, part in enumerate(self.parts)
+            if part.module in patches
+        }
+        if not own:
+            return
         ratios_N = torch.ones(self._packed.outputs)
-        has_ratios = False
-        for place, part in enumerate(self.parts):
-            patch = patches.get(part.module)
-            if patch is None:
-                continue
-            self._stacks.setdefault(place, _Stack()).push(adapter, patch)
+        for place, patch in own.items():
             if patch.magnitude_N is not None:
-                has_ratios = True
                 columns = self._columns[place]
                 ratios_N[columns] = patch.magnitude_N / self._lengths(columns, patch)
-        if has_ratios:
-            self._ratios[adapter] = ratios_N
+                self._ratios[adapter] = ratios_N
+        self._patches[adapter] = {place: one.to(self._dtype) for place, one in own.items()}
+        self._restack()
 
     def take_off(self, adapter: int) -> None:
         self._ratios.pop(adapter, None)
-        for place, stack in list(self._stacks.items()):
-            stack.pull(adapter)
-            if stack.is_empty:
-                del self._stacks[place]
+        if self._patches.pop(adapter, None):
+            self._restack()
+
+    def _restack(self) -> None:
+        self._stack = _Stack.of(self._patches) if self._patches else None
+
+    def _add_singles(self, x_TH: Tensor, dress: Dress, out_TN: Tensor, stack: "_Stack") -> None:
+        """All at once, where a row's product with adapters that it doesn't wear counts nought; or
+        one after the other."""
+        if not dress.worn:
+            return
+        shares_DR = dress.shares(stack.owners)
+        if shares_DR is not None:
+            singles = slice(0, len(dress.singles))
+            low_DR = (x_TH[singles].to(self._dtype) @ stack.down_HR) * shares_DR
+            for place, ranks in stack.places.items():
+                out_DN = out_TN[singles, self._columns[place]]
+                out_DN.addmm_(low_DR[:, ranks], stack.ups[place].float())
+            return
+        for adapter in dress.worn & self._patches.keys():
+            wearers = [row for row, each in enumerate(dress.singles) if each == adapter]
+            rows = torch.tensor(wearers, device=x_TH.device)
+            some_SN = out_TN[rows]
+            self._add(adapter, x_TH[rows], some_SN)
+            out_TN[rows] = some_SN
+
+    def _add(self, adapter: int, x_SH: Tensor, out_SN: Tensor) -> None:
+        """To rows that wear one adapter."""
+        patches = self._patches.get(adapter, {})
+        if not patches:
+            return
+        downs = [patch.down_RH.float() for patch in patches.values()]
+        low_SR = x_SH @ (torch.cat(downs) if len(downs) > 1 else downs[0]).t()
+        start = 0
+        for place, patch in patches.items():
+            ranks = slice(start, start + patch.rank)
+            out_SN[:, self._columns[place]].addmm_(low_SR[:, ranks], patch.up_RN.float())
+            start = ranks.stop
 
     def _stretch(self, dress: Dress, out_TN: Tensor) -> None:
         """The outputs of adapters with magnitudes, to their lengths."""
@@ -148,68 +196,37 @@ class Overlaid:
         return squares_N.clamp(min=0).sqrt()
 
 
+@dataclass(frozen=True)
 class _Stack:
-    """The patches of one part, one above the other."""
+    """All adapters' patches one above the other, part after part: one product for all."""
 
-    def __init__(self) -> None:
-        self._down_RH = torch.empty(0)
-        self._up_RN = torch.empty(0)
-        self._ranks: tuple[tuple[int, int], ...] = ()
+    down_HR: Tensor
+    ups: dict[int, Tensor]
+    """By the part's place, (R of the part, N)."""
+    places: dict[int, slice]
+    """The ranks of each part."""
+    owners: Owners
 
-    @property
-    def is_empty(self) -> bool:
-        return not self._ranks
-
-    def push(self, adapter: int, patch: Patch) -> None:
-        if self.is_empty:
-            self._down_RH, self._up_RN = patch.down_RH, patch.up_RN
-        else:
-            self._down_RH = torch.cat([self._down_RH, patch.down_RH])
-            self._up_RN = torch.cat([self._up_RN, patch.up_RN])
-        self._ranks = (*self._ranks, (adapter, patch.rank))
-
-    def pull(self, adapter: int) -> None:
-        rows = self._rows(adapter)
-        if rows is None:
-            return
-        self._down_RH = torch.cat([self._down_RH[: rows.start], self._down_RH[rows.stop :]])
-        self._up_RN = torch.cat([self._up_RN[: rows.start], self._up_RN[rows.stop :]])
-        self._ranks = tuple(each for each in self._ranks if each[0] != adapter)
-
-    def add(self, x_TH: Tensor, dress: Dress, out_TN: Tensor) -> None:
-        """To the rows whose adapter is here."""
-        if any(each is not None for each in dress.singles):
-            self._add_singles(x_TH[: len(dress.singles)], dress, out_TN[: len(dress.singles)])
-        for each in dress.stretches:
-            rows = self._rows(each.adapter)
-            if rows is not None:
-                low_SR = x_TH[each.start : each.end] @ self._down_RH[rows].t()
-                out_TN[each.start : each.end].addmm_(low_SR, self._up_RN[rows])
-
-    def _add_singles(self, x_DH: Tensor, dress: Dress, out_DN: Tensor) -> None:
-        """All at once, where a row's product with adapters that it doesn't wear counts nought; or
-        one after the other, where most of what is loaded is not worn."""
-        worn = {each for each in dress.singles if each is not None}
-        of_worn = sum(rank for adapter, rank in self._ranks if adapter in worn)
-        if self._down_RH.shape[0] > _LOOSE * of_worn:
-            for adapter in worn:
-                self._add_some(adapter, x_DH, dress, out_DN)
-            return
-        low_DR = (x_DH @ self._down_RH.t()).mul_(dress.shares(self._ranks, x_DH))
-        out_DN.addmm_(low_DR, self._up_RN)
-
-    def _add_some(self, adapter: int, x_DH: Tensor, dress: Dress, out_DN: Tensor) -> None:
-        ranks = self._rows(adapter)
-        if ranks is None:
-            return
-        wearers = [row for row, each in enumerate(dress.singles) if each == adapter]
-        rows = torch.tensor(wearers, device=x_DH.device)
-        out_DN.index_add_(0, rows, x_DH[rows] @ self._down_RH[ranks].t() @ self._up_RN[ranks])
-
-    def _rows(self, adapter: int) -> slice | None:
-        start = 0
-        for each, rank in self._ranks:
-            if each == adapter:
-                return slice(start, start + rank)
-            start += rank
-        return None
+    @classmethod
+    def of(cls, patches: dict[int, dict[int, Patch]]) -> "_Stack":
+        """The patches become views of what is made, so that nothing is held twice."""
+        order = sorted((place, adapter) for adapter, own in patches.items() for place in own)
+        found = [patches[adapter][place] for place, adapter in order]
+        down_HR = torch.cat([one.down_RH.t() for one in found], 1).contiguous()
+        ends = [*accumulate(one.rank for one in found)]
+        ups: dict[int, Tensor] = {}
+        places: dict[int, slice] = {}
+        for place in sorted({place for place, _ in order}):
+            some = [at for at, (one, _) in enumerate(order) if one == place]
+            start = ends[some[0]] - found[some[0]].rank
+            places[place] = slice(start, ends[some[-1]])
+            ups[place] = torch.cat([found[at].up_RN for at in some])
+            for at in some:
+                ranks = slice(ends[at] - found[at].rank, ends[at])
+                patches[order[at][1]][place] = Patch(
+                    down_HR[:, ranks].t(),
+                    ups[place][ranks.start - start : ranks.stop - start],
+                    found[at].magnitude_N,
+                )
+        owners = tuple((adapter, one.rank) for (_, adapter), one in zip(order, found, strict=True))
+        return cls(down_HR, ups, places, owners)

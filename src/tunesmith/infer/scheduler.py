@@ -25,7 +25,8 @@ class Limits:
     step_tokens: int = 256
     """Tokens of one step while only prompts are being read."""
     mixed_tokens: int = 64
-    """Prompt tokens of one step while as many wait for a next token as prompts are read."""
+    """Prompt tokens of one step while somebody waits for a next token, before it is known how long
+    they take: see `pace`."""
     block_tokens: int = 64
     """Tokens of one cache block, the unit of room."""
     blocks: int = 1024
@@ -61,6 +62,11 @@ class Chunk:
     def is_last(self) -> bool:
         """Whether a token can be sampled after it."""
         return self.end == self.sequence.length
+
+    @property
+    def is_next(self) -> bool:
+        """Whether it is what was sampled last, not a part of a prompt."""
+        return self.start >= len(self.sequence.prompt)
 
     @property
     def rows(self) -> range:
@@ -110,6 +116,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         """Oldest first."""
         self.free_blocks = limits.blocks
+        self.mixed_tokens = limits.mixed_tokens
+        """As in `Limits`; whoever knows how long steps take may change it."""
         self._moves: list[Move] = []
         self._kept: OrderedDict[Sequence, None] = OrderedDict()
         """Those used longest ago first."""
@@ -159,8 +167,8 @@ class Scheduler:
         if not decoding:
             return self.limits.step_tokens
         reading = len(self.waiting) + sum(each.pending > 1 for each in self.running)
-        shared = self.limits.mixed_tokens * reading // decoding
-        return max(self.limits.mixed_tokens, min(shared, self.limits.step_tokens))
+        shared = self.mixed_tokens * reading // decoding
+        return max(self.mixed_tokens, min(shared, self.limits.step_tokens))
 
     def finish(self, sequence: Sequence) -> None:
         """Give back the place of a sequence that has ended; its room is kept while it may serve a

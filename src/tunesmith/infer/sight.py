@@ -130,7 +130,7 @@ class Sight:
     def of(cls, chunks: Many[Chunk], slots: Slots[Sequence]) -> "Sight":
         """Gives every chunk its room, and puts those that take one token first."""
         for chunk in chunks:
-            slots.ensure(chunk.sequence, chunk.end, chunk.start)
+            slots.ensure(chunk.sequence, chunk.sequence.length, chunk.start)
         by_slab: dict[int, list[Chunk]] = {}
         prompts = []
         for chunk in chunks:

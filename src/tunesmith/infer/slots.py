@@ -50,7 +50,7 @@ class Slab(Generic[Owner]):
     owners: list[Owner] = field(default_factory=list)
     places: dict[Owner, int] = field(default_factory=dict)
     lengths: dict[Owner, int] = field(default_factory=dict)
-    """Tokens that each holds, or is about to."""
+    """Tokens that each holds, or is about to: the whole prompt from its first chunk on."""
     running: int = 0
 
     def take(self, owner: Owner) -> int:

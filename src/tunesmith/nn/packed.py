@@ -43,6 +43,12 @@ def can_bf16() -> bool:
     return bool(processor_units() & _HALF_UNITS)
 
 
+def beside(precision: Precision) -> torch.dtype:
+    """What is read in each step beside the weights is held in: half as much to read, where the
+    weights are rounded too and the processor has units for it."""
+    return torch.bfloat16 if precision != "fp32" and can_bf16() else torch.float32
+
+
 def best_precision() -> Precision:
     return "int8" if can_int8() else "fp32"
 
