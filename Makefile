@@ -43,6 +43,7 @@ bench: install
 	$(QUIET) $(BIN)/python bench/submit.py
 	$(QUIET) $(BIN)/python bench/list.py
 	$(QUIET) $(BIN)/python bench/ready.py
+	$(QUIET) $(BIN)/python bench/hop.py
 
 install: .venv/installed
 

@@ -62,6 +62,8 @@ class Settings(BaseModel):
     engine_start_seconds: float = Field(300, gt=0)
     engine_silent_seconds: float = Field(60, gt=0, le=86_400)
     """Without an answer from an engine to anything, before it is stopped as frozen."""
+    engine_drain_seconds: float = Field(300, ge=0, le=600)
+    """For the requests that an engine is answering when another takes its place."""
     max_engines: int = Field(2, ge=1)
     engine_command: str = Field("", max_length=4096)
     """Starts an engine of another make for each model, in the place of ours: `/opt/vllm/bin/vllm

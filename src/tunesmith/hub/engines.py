@@ -43,6 +43,8 @@ FOUND_SECONDS = 0.5
 _MAX_FOUND = 1000
 ALIVE_SECONDS = 5.0
 """For an engine to say that it lives, after a connection to it broke."""
+GIVEN_UP_SECONDS = 3.0
+"""From a word to an engine that does not answer until it is killed."""
 LOST_SECONDS = 120.0
 """A worker that did not ask for so long has lost its engines."""
 
@@ -57,6 +59,8 @@ class Engines:
         self._loading: dict[tuple[str, str], asyncio.Lock] = {}
         self._ordered: dict[tuple[str, str, str], float] = {}
         self._used: set[str] = set()
+        self._given_up: set[str] = set()
+        """Engines that do not answer: nothing that they do is waited for."""
         self._busy: dict[str, int] = {}
         self._pulse = Pulse(hub.settings.engine_silent_seconds)
         self._looking: asyncio.Task[None] | None = None
@@ -273,6 +277,10 @@ class Engines:
         engine = order.engine
         if engine is None:
             return EngineOrder(id=order.engine_id, action=order.action)
+        if order.action == "stop":
+            is_dead = engine.id in self._given_up
+            grace = GIVEN_UP_SECONDS if is_dead else self._settings.engine_drain_seconds
+            return EngineOrder(id=engine.id, action="stop", grace_seconds=grace)
         return EngineOrder(
             id=engine.id,
             action=order.action,
@@ -315,6 +323,7 @@ class Engines:
 
     def _forget_all_but(self, living: set[str]) -> None:
         """Of engines that are no more."""
+        self._given_up &= living
         self._busy = {name: count for name, count in self._busy.items() if count > 0}
         for gone in self._adapters.keys() - living:
             del self._adapters[gone]
@@ -374,6 +383,7 @@ class Engines:
         log.error("engine %s does not answer: %s", target.engine_id, reason)
         if not target.is_ours:
             return
+        self._given_up.add(target.engine_id)
         await self._hub.write(lambda tx: rows.stop(tx, target.engine_id))
 
     def let_go(self, engine_id: str) -> None:

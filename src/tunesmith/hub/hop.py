@@ -45,6 +45,7 @@ class Wire(asyncio.Protocol):
         self.status = 0
         self.error: HopError | None = None
         self.is_whole = False
+        self._may_stay = False
         self._parts: list[bytes] = []
         self._held = 0
         self._is_paused = False
@@ -152,11 +153,12 @@ class Wire(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self.status >= 200:  # 100 Continue is no answer
             self.is_whole = True
+            self._may_stay = self._parser.should_keep_alive()  # forgotten right after
 
     @property
     def may_stay(self) -> bool:
         """Whether another request can go this way."""
-        return self.is_open and self.is_whole and self._parser.should_keep_alive()
+        return self.is_open and self.is_whole and self._may_stay
 
 
 class Hop:

@@ -58,10 +58,10 @@ class Loader:
             )
         try:
             return self._load(wanted)
-        except TuningAPIError:
-            raise
-        except (MemoryError, RuntimeError, OSError) as error:
+        except (TuningAPIError, MemoryError, RuntimeError, OSError) as error:
             if not is_out_of_memory(error):
+                if isinstance(error, TuningAPIError):
+                    raise
                 raise BadRequestError(f"{wanted.name}: cannot be loaded: {error}") from error
             raise NoSpaceError(
                 f"{wanted.name}: the memory ended while it was loaded; a smaller model, 8-bit or "

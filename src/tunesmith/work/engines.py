@@ -17,6 +17,9 @@ from tunesmith.work.wire import Nothing, Wire
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 10.0
+"""At this worker's end."""
+DRAIN_SECONDS = 600
+"""An engine waits no longer than that for its last requests, whoever waits for it."""
 START_SECONDS = 600.0
 """For an engine to say that it is ready; a large model is long in coming."""
 KEY_VARIABLE = "TUNESMITH_ENGINE_KEY"
@@ -29,6 +32,8 @@ class _Engine:
     child: Child | None = None
     halt: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once it should end."""
+    grace_seconds: float = STOP_SECONDS
+    """For the requests that it is answering then."""
     task: "asyncio.Task[None] | None" = None
 
 
@@ -38,6 +43,7 @@ class Engines:
     wire: Wire
     forker: Forker
     max_log_bytes: int
+    module: str = "tunesmith.infer.server"
     command: str = ""
     """Of engines of another make; empty: ours."""
     _engines: dict[str, _Engine] = field(default_factory=dict)
@@ -54,6 +60,8 @@ class Engines:
             self._engines[order.id] = engine
             engine.task = asyncio.create_task(self._run(engine))
         elif order.action == "stop" and engine is not None:
+            if not engine.halt.is_set():
+                engine.grace_seconds = order.grace_seconds
             engine.halt.set()
         elif order.action == "stop":
             status = EngineStatus(id=order.id, state="stopped")
@@ -69,7 +77,7 @@ class Engines:
 
     def _program(self, order: EngineOrder) -> tuple[str, list[str]]:
         if not self.command:
-            return "tunesmith.infer.server", _arguments(order)
+            return self.module, _arguments(order)
         return "tunesmith.work.foreign", [*_arguments(order), "--command", self.command]
 
     def _keep(self, task: "asyncio.Task[None]") -> None:
@@ -139,7 +147,7 @@ class Engines:
         """Once it should end: a kind word, then a hard one."""
         await engine.halt.wait()
         child.signal(signal.SIGTERM)
-        await asyncio.wait([child.exited], timeout=STOP_SECONDS)
+        await asyncio.wait([child.exited], timeout=engine.grace_seconds)
         child.kill()
 
     async def _change(self, engine: _Engine, **changes: object) -> None:
@@ -158,6 +166,7 @@ def _arguments(order: EngineOrder) -> list[str]:
     argv = ["--model", order.model_path, "--model-name", order.model_name]
     argv += ["--host", "127.0.0.1", "--port", "0", "--key-env", KEY_VARIABLE]
     argv += ["--threads", str(order.threads), "--precision", order.precision]
+    argv += ["--grace-seconds", str(DRAIN_SECONDS)]
     return [*argv, "--die-with-parent"]
 
 

@@ -179,7 +179,7 @@ class Worker:
         command = self.settings.engine_command
         forker = Forker(False, home / "zygote.log") if command else self.forker
         most = self.settings.max_log_bytes
-        self.engines = Engines(self.worker_id, self.wire, forker, most, command)
+        self.engines = Engines(self.worker_id, self.wire, forker, most, command=command)
         self.forker.warm_up()
         self._send_receipts()
         asking = asyncio.create_task(self._ask_for_ever())
