@@ -442,6 +442,26 @@ def test_a_checkpoint_of_a_running_job_answers_beside_the_base_it_stands_on(hous
     house.wait_end(job_id)
 
 
+def test_each_configuration_of_a_running_sweep_has_its_checkpoints(house: House) -> None:
+    grid = {"lora_r": [2, 4]}
+    job_id = house.submit(num_epochs=10_000, suffix="grid", sweep={"grid": grid})
+    trainer = house.trainer(job_id)
+    house.wait_event(job_id, "step")
+    trainer.send_signal(signal.SIGUSR2)
+    step = house.wait_event(job_id, "checkpointed")["data"]["step"]
+    name = f"ft:tiny:local:grid:{job_id}:trial-2:ckpt-step-{step}"
+    asked = {"model": name, "prompt": "水", "max_tokens": 2}
+    with house.client as http:
+        said = http.post("/v1/completions", json=asked, headers=KEY)
+        assert said.status_code == 200, said.text
+        known = http.get("/v1/models", headers=KEY).json()["data"]
+        assert {"gated": False} in [{"gated": one["gated"]} for one in known if one["id"] == name]
+        other = name.replace("trial-2", "trial-9")
+        assert http.get(f"/v1/models/{other}", headers=KEY).status_code == 404
+        http.post(f"/jobs/{job_id}/cancel", params={"force": True})
+    house.wait_end(job_id)
+
+
 def test_a_model_that_is_served_otherwise_gets_no_name_and_keeps_its_files(house: House) -> None:
     """The base is changed under a job that trains an adapter on it."""
     base = house.workspace / "models" / "changed"

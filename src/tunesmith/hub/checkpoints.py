@@ -1,18 +1,21 @@
 """Checkpoints by name: `<tuned model>:ckpt-step-<n>`, from the moment that one is sealed.
 
+Where a job trains several configurations, `<tuned model>:<configuration>:ckpt-step-<n>` names each.
 They are served as they are: no gate has compared them with their trainer.
 """
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.engine import Connection
 
+from tunesmith.hub import trials
 from tunesmith.manifest import MANIFEST
+from tunesmith.spec.sweep import ADAPTERS
 from tunesmith.store.tables import checkpoints, jobs
 
 _NAME = re.compile(r"ckpt-step-([1-9][0-9]{0,9})")
@@ -25,12 +28,16 @@ def step_of(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def place_of(home: Path, job_id: str, step: int) -> Path | None:
+def place_of(home: Path, job_id: str, step: int, trial: str = "") -> Path | None:
     """The model in it, of the newest attempt that has one; rows come later than manifests do."""
     attempts = (home / "jobs" / job_id / "attempts").glob("[0-9]*")
     newest = sorted(filter(_is_number, attempts), key=lambda path: int(path.name), reverse=True)
     places = (path / "checkpoints" / f"step-{step}" for path in newest)
-    return next((place / "model" for place in places if _is_servable(place)), None)
+    model = trials.folder_of(trial) if trial else "."
+    if model is None:
+        return None
+    found = (place / "model" / model for place in places if _is_sealed(place))
+    return next(filter(_is_model, found), None)
 
 
 class Listed(NamedTuple):
@@ -42,6 +49,8 @@ class Listed(NamedTuple):
     label: str | None
     model_path: str
     """Of what the job began with."""
+    trial: str = ""
+    """Of several configurations: which."""
 
 
 def listed(tx: Connection, owner: str | None) -> Iterator[Listed]:
@@ -55,16 +64,23 @@ def listed(tx: Connection, owner: str | None) -> Iterator[Listed]:
     if owner is not None:
         query = query.where(jobs.c.owner == owner)
     last = None
-    for row in map(Listed._make, tx.execute(query)):
-        if (row.job_id, row.step) != last and row.step > 0 and _is_servable(Path(row.path)):
-            last = row.job_id, row.step
+    found: Iterable[Sequence[Any]] = tx.execute(query)
+    for row in (Listed(*columns) for columns in found):
+        if (row.job_id, row.step) == last or row.step < 1 or not _is_sealed(Path(row.path)):
+            continue
+        last, model = (row.job_id, row.step), Path(row.path) / "model"
+        if _is_model(model):
             yield row
+        for adapter in sorted((model / ADAPTERS).glob("*/adapter_config.json")):
+            yield row._replace(trial=adapter.parent.name)
 
 
-def _is_servable(checkpoint: Path) -> bool:
-    """Sealed, and of one training: several trainings' models lie deeper."""
-    is_sealed = os.path.exists(checkpoint / MANIFEST)
-    return is_sealed and any(os.path.exists(checkpoint / "model" / name) for name in _PARTS)
+def _is_sealed(checkpoint: Path) -> bool:
+    return os.path.exists(checkpoint / MANIFEST)
+
+
+def _is_model(folder: Path) -> bool:
+    return any(os.path.exists(folder / name) for name in _PARTS)
 
 
 def _is_number(path: Path) -> bool:

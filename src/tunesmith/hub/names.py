@@ -129,14 +129,12 @@ def _spelled(model_path: str, label: str | None, job_id: str) -> str:
 def checkpoint_names(store: Store, who: Principal) -> list[tuple[str, float, str]]:
     """Name, when made, owner of each that is there; `find_model` knows one before this does."""
     found = store.read(lambda tx: list(checkpoints.listed(tx, who.scope)))
-    return [
-        (
-            f"{_spelled(one.model_path, one.label, one.job_id)}:ckpt-step-{one.step}",
-            one.at,
-            one.owner,
-        )
-        for one in found
-    ]
+    return [(_checkpoint_name(one), one.at, one.owner) for one in found]
+
+
+def _checkpoint_name(one: checkpoints.Listed) -> str:
+    tuned = _spelled(one.model_path, one.label, one.job_id)
+    return ":".join(filter(None, (tuned, one.trial, f"ckpt-step-{one.step}")))
 
 
 def folders(settings: Settings, taken: set[str]) -> list[tuple[str, float, str]]:
@@ -188,6 +186,11 @@ def _tuned(store: Store, settings: Settings, name: str, who: Principal, field: s
         place = Path(job.artifact)
     elif job := _job(store, whole.rpartition(":")[2], who):
         place = _part(settings, job, last)
+    elif step := checkpoints.step_of(last):
+        begun, _, trial = whole.rpartition(":")
+        job = _job(store, begun.rpartition(":")[2], who)
+        if job is not None:
+            place = checkpoints.place_of(settings.home, job.id, step, trial)
     if job is None or place is None:
         raise NotFoundError(
             f"{field}: no tuned model {name!r}; GET /v1/models lists them", param=field

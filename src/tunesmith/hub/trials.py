@@ -42,11 +42,17 @@ def names_in(artifact: str | None) -> list[str]:
 
 def place_of(artifact: str, name: str) -> Path | None:
     """The folder of a configuration's adapter; None where there is none of that name."""
+    folder = folder_of(name)
+    place = None if folder is None else Path(artifact) / folder
+    return place if place is not None and place.is_dir() else None
+
+
+def folder_of(name: str) -> str | None:
+    """In results and in checkpoints; None for what names no configuration."""
     try:
-        place = Path(artifact) / ADAPTERS / _NAME.validate_python(name)
+        return f"{ADAPTERS}/{_NAME.validate_python(name)}"
     except ValidationError:
         return None
-    return place if place.is_dir() else None
 
 
 def is_made_here(tx: Connection, path: Path) -> bool:
