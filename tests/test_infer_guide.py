@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import infer_fixtures as made
 from tunesmith.errors import BadRequestError
@@ -14,14 +15,14 @@ from tunesmith.infer.lexicon import Lexicon
 from tunesmith.infer.schema import json_grammar
 
 TOKENIZER = made.tokenizer()
-LEXICON = Lexicon(TOKENIZER.to_str(), 370, [0, 2])
+LEXICON = Lexicon(TOKENIZER, 370, [0, 2])
 
 
 def guide_of(schema: dict[str, Any], **more: Any) -> Guide:
     return json_grammar(schema, "schema", LEXICON, **more).guide()
 
 
-def ramble(guide: Guide, seed: int, most: int = 400) -> str:
+def ramble(guide: Guide, seed: int, most: int = 400, tokenizer: Tokenizer = TOKENIZER) -> str:
     """Say any of what is allowed, to the end."""
     random, ids = Random(seed), []
     while not guide.is_over and len(ids) < most:
@@ -29,7 +30,7 @@ def ramble(guide: Guide, seed: int, most: int = 400) -> str:
         guide.push(ids[-1])
         if guide.error:
             raise guide.error
-    return str(TOKENIZER.decode(ids))
+    return str(tokenizer.decode(ids))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -43,6 +44,29 @@ def test_whatever_is_said_under_a_schema_follows_it(seed: int) -> None:
     schema["$defs"]["pair"] |= {"required": ["a"], "additionalProperties": False}
     said = json.loads(ramble(guide_of(schema), seed))
     assert all(each["a"] in (1, "둘") for each in said)
+
+
+def unigram() -> Tokenizer:
+    """As SentencePiece's: llguidance does not read its decoder by itself."""
+    made = Tokenizer(models.Unigram())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=90, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    texts = ['{"name": "the quick fox", "age": 12}', "a b c d 0 1 2 3 4 5 6 7 8 9 , : [ ] 안녕"]
+    made.train_from_iterator(texts, trainer)
+    return made
+
+
+def test_a_vocabulary_of_sentencepiece_follows_a_schema_too() -> None:
+    tokenizer = unigram()
+    lexicon = Lexicon(tokenizer, 128, [1])
+    schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 9}}}
+    schema |= {"required": ["name"], "additionalProperties": False}
+    for seed in range(4):
+        guide = json_grammar(schema, "schema", lexicon).guide()
+        assert len(json.loads(ramble(guide, seed, tokenizer=tokenizer))["name"]) <= 9
+    assert lexicon.name(tokenizer.token_to_id("▁")) == " "
 
 
 def test_each_answer_has_a_place_of_its_own() -> None:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
 from tokenizers import Tokenizer
 
 from tunesmith.errors import BadRequestError
@@ -47,8 +48,9 @@ async def read_messages(
 ) -> list[int]:
     """Render a conversation up to where the answer begins."""
     characters = sum(len(each.content or "") for each in messages)
-    refuse_hopeless(voice, characters, engine, "messages")
-    size = characters + _MESSAGE_COST * (len(messages) + 10 * len(tools))
+    told = len(msgspec.json.encode(tools)) if tools else 0
+    refuse_hopeless(voice, characters + told, engine, "messages")
+    size = characters + told + _MESSAGE_COST * len(messages)
     return await off_loop(size, lambda: list(voice.renderer.prompt_ids(messages, tools)))
 
 
