@@ -16,6 +16,7 @@ from tunesmith.spec.hands import EngineOrder
 from tunesmith.spec.pipe import KNOWN
 from tunesmith.work import engines as engines_module
 from tunesmith.work import fork
+from tunesmith.work import gate as gate_module
 from tunesmith.work.engines import Engines
 from tunesmith.work.fork import Child, Forker
 from tunesmith.work.receipt import NAME
@@ -464,3 +465,50 @@ def test_a_forking_process_that_dies_in_its_first_breath_is_done_without(bench: 
         forker.close()
 
     asyncio.run(live())
+
+
+HEARD = """
+os.makedirs(task["attempt_dir"] + "/parity")
+finish(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("gate", "told"),
+    [
+        ("", "ended without a verdict"),
+        ("import os; os.kill(os.getpid(), 9)", "ended without a verdict"),
+        ("print('no json')", "ended without a verdict"),
+        ('print(\'{"unheard": "no such layers"}\')', "no such layers"),
+    ],
+)
+def test_a_gate_that_cannot_judge_lets_the_model_pass_with_a_warning(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, gate: str, told: str
+) -> None:
+    (bench.folder / "scripted_gate.py").write_text(gate)
+    monkeypatch.setattr(gate_module, "MODULE", "scripted_gate")
+    assert bench.run(HEARD)["kind"] == "succeeded"
+    notice = bench.api.events[-1][1]
+    assert (notice["code"], notice["level"]) == ("not_compared", "warning")
+    assert told in notice["message"]
+
+
+def test_a_stop_at_the_gate_leaves_the_model_to_the_next_attempt(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = bench.folder / "begun"
+    script = f"import pathlib, time; pathlib.Path({str(begun)!r}).touch(); time.sleep(600)"
+    (bench.folder / "scripted_gate.py").write_text(script)
+    monkeypatch.setattr(gate_module, "MODULE", "scripted_gate")
+
+    async def stop_at_the_gate() -> None:
+        attempt = bench.attempt(HEARD)
+        running = asyncio.create_task(attempt.run())
+        await until(begun.exists)
+        attempt.stop(5)
+        await asyncio.wait_for(running, 60)
+        await attempt.wire.close()
+
+    asyncio.run(stop_at_the_gate())
+    outcome = bench.api.outcomes[-1]
+    assert (outcome["kind"], outcome["step"]) == ("stopped", 3)
