@@ -11,11 +11,11 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from tunesmith.api.auth import KeyHolder, key_holder, pace
 from tunesmith.api.deps import HubDep
+from tunesmith.api.families import openai_bodies
 from tunesmith.api.piped import Piped
 from tunesmith.api.strict import StrictRoute, read_json
 from tunesmith.errors import BadRequestError
 from tunesmith.hub import Hub
-from tunesmith.spec.chat import MAX_TEXT
 
 
 class OpenAiRoute(StrictRoute):
@@ -26,88 +26,6 @@ class OpenAiRoute(StrictRoute):
 router = APIRouter(
     prefix="/v1", tags=["openai"], route_class=OpenAiRoute, dependencies=[Depends(key_holder)]
 )
-
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["model"],
-                    "properties": {
-                        "model": {
-                            "type": "string",
-                            "minLength": 1,
-                            "maxLength": 4096,
-                            "description": "ft:…, an output folder, a registered name or a path",
-                        },
-                        "messages": {
-                            "type": "array",
-                            "minItems": 1,
-                            "maxItems": 2048,
-                            "description": "the conversation (chat completions)",
-                            "items": {"type": "object"},
-                        },
-                        "prompt": {
-                            "type": "string",
-                            "maxLength": MAX_TEXT,
-                            "description": "the text to go on with (completions)",
-                        },
-                        "stream": {
-                            "type": "boolean",
-                            "description": "answer with server-sent events",
-                        },
-                        "max_tokens": {
-                            "type": "integer",
-                            "minimum": 1,
-                            "maximum": 1 << 20,
-                            "description": "of the answer",
-                        },
-                        "temperature": {
-                            "type": "number",
-                            "minimum": 0,
-                            "maximum": 2,
-                            "description": "0 is greedy",
-                        },
-                    },
-                }
-            }
-        },
-    }
-}
-
-
-_EMBEDDINGS = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["model", "input"],
-                    "properties": {
-                        "model": {"type": "string", "minLength": 1, "maxLength": 4096},
-                        "input": {
-                            "description": "a text, a list of texts, or ids",
-                            "oneOf": [
-                                {"type": "string", "maxLength": MAX_TEXT},
-                                {"type": "array", "minItems": 1, "maxItems": 2048, "items": {}},
-                            ],
-                        },
-                        "encoding_format": {"type": "string", "enum": ["float", "base64"]},
-                        "dimensions": {"type": "integer", "minimum": 1, "maximum": 1 << 20},
-                        "x_pooling": {
-                            "type": "string",
-                            "enum": ["mean", "last"],
-                            "description": "by the model's own setting where it is not given",
-                        },
-                    },
-                }
-            }
-        },
-    }
-}
 
 
 @router.get("/models", summary="Models that can be named in a request")
@@ -130,17 +48,17 @@ def get_model(model: str, hub: HubDep, who: KeyHolder) -> dict[str, Any]:
     return _model(model, 0, found.owner)
 
 
-@router.post("/chat/completions", summary="Chat with a model", openapi_extra=_BODY)
+@router.post("/chat/completions", summary="Chat with a model", openapi_extra=openai_bodies.CHAT)
 async def chat(request: Request, hub: HubDep, who: KeyHolder) -> Response:
     return await _forward("/v1/chat/completions", request, hub, who)
 
 
-@router.post("/completions", summary="Continue a text", openapi_extra=_BODY)
+@router.post("/completions", summary="Continue a text", openapi_extra=openai_bodies.COMPLETIONS)
 async def complete(request: Request, hub: HubDep, who: KeyHolder) -> Response:
     return await _forward("/v1/completions", request, hub, who)
 
 
-@router.post("/embeddings", summary="Texts as vectors", openapi_extra=_EMBEDDINGS)
+@router.post("/embeddings", summary="Texts as vectors", openapi_extra=openai_bodies.EMBEDDINGS)
 async def embed(request: Request, hub: HubDep, who: KeyHolder) -> Response:
     return await _forward("/v1/embeddings", request, hub, who)
 
