@@ -83,7 +83,7 @@ def test_check_calls_each_endpoint_and_tells_what_fails(
     only = ["check", url, "--api-key", made.KEY, "--only", "health,chat", "--json"]
     assert main(only) == 0
     told = json.loads(capsys.readouterr().out)
-    assert [(one["endpoint"], one["is_ok"]) for one in told] == [("health", True), ("chat", True)]
+    assert [(one["endpoint"], one["state"]) for one in told] == [("health", "ok"), ("chat", "ok")]
     assert main(["check", url, "--only", "chat", "--api-key", "sk-wrong"]) == 1
     assert "401" in capsys.readouterr().out
     assert main(["check", url, "--only", "nothing"]) == 2

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 
 TOKENS = 8
 _MAX_SHOWN = 60
+_NO_MODEL = "no model is loaded"
 Messages = list[dict[str, str]]
+
+
+State = Literal["ok", "skipped", "FAILED"]
 
 
 @dataclass(frozen=True)
 class Outcome:
     endpoint: str
-    is_ok: bool
+    state: State
     seconds: float
     told: str
 
@@ -37,7 +41,10 @@ def check(
     api_key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Call each endpoint of a server and show a table; fails where one of them does."""
+    """Call each endpoint of a server and show a table; fails where one of them does.
+
+    Where no model is loaded, what wants one is skipped, unless it was asked for with --only.
+    """
     from tuning_sdk import LLMClient
 
     try:
@@ -46,16 +53,14 @@ def check(
         raise CommandError(str(error), code=USAGE) from None
     with client:
         checks = Checks(client, model)
-        outcomes = [_tried(name, checks.all[name]) for name in _chosen(only, list(checks.all))]
+        names = _chosen(only, list(checks.all))
+        outcomes = [_tried(name, checks.all[name], names != list(checks.all)) for name in names]
     if as_json:
         show_json([vars(one) for one in outcomes])
     else:
-        rows = [
-            [one.endpoint, "ok" if one.is_ok else "FAILED", f"{one.seconds:.2f} s", one.told]
-            for one in outcomes
-        ]
+        rows = [[one.endpoint, one.state, f"{one.seconds:.2f} s", one.told] for one in outcomes]
         show_rows(rows, ["ENDPOINT", "STATE", "TIME", "ANSWER"])
-    failed = [one.endpoint for one in outcomes if not one.is_ok]
+    failed = [one.endpoint for one in outcomes if one.state == "FAILED"]
     if failed:
         tell(f"{len(failed)} of {len(outcomes)} failed: {', '.join(failed)}")
         raise typer.Exit(FAILED)
@@ -152,17 +157,23 @@ def _chosen(only: str | None, known: list[str]) -> list[str]:
     return wanted
 
 
-def _tried(name: str, call: Callable[[], str]) -> Outcome:
+def _tried(name: str, call: Callable[[], str], is_asked_for: bool) -> Outcome:
     from tuning_sdk import TuningAPIError
+    from tuning_sdk.errors import ConnectionError, NotReadyError, TimeoutError
 
     began = time.monotonic()
+    state: State = "FAILED"
     try:
-        told, is_ok = call(), True
+        told, state = call(), "ok"
+    except (ConnectionError, TimeoutError) as error:
+        told = str(error)
     except TuningAPIError as error:
-        status = f"{error.status_code}: " if error.status_code else ""
-        told, is_ok = f"{status}{error}", False
+        told = f"{error.status_code}: {error}" if error.status_code else str(error)
+        if isinstance(error, NotReadyError) and _NO_MODEL in told and not is_asked_for:
+            told, state = f"{_NO_MODEL}: name one with --model", "skipped"
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        told, is_ok = f"not what the contract says: {error}", False
+        told = f"not what the contract says: {error}"
     seconds = round(time.monotonic() - began, 3)
-    short = told if len(told) <= _MAX_SHOWN or not is_ok else f"{told[:_MAX_SHOWN]}…"
-    return Outcome(name, is_ok, seconds, " ".join(short.split()))
+    is_long = state == "ok" and len(told) > _MAX_SHOWN
+    short = f"{told[:_MAX_SHOWN]}…" if is_long else told
+    return Outcome(name, state, seconds, " ".join(short.split()))
