@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 
 import infer_fixtures as made
 from tunesmith.infer.calls import CallReader
-from tunesmith.infer.dialects import HERMES, LLAMA, MISTRAL, Dialect
+from tunesmith.infer.dialects import GRANITE, HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, Dialect
 
 CALL = '{"name": "f", "arguments": {"a": "x}\\"{", "b": [1, {}]}}'
 F = ("f", '{"a": "x}\\"{", "b": [1, {}]}')
@@ -38,6 +38,10 @@ WRITTEN: list[tuple[Dialect, str, str, list[tuple[str, str]]]] = [
     (HERMES, ' a\n\nb {"name": "f"} ', ' a\n\nb {"name": "f"} ', []),
     (MISTRAL, f"[TOOL_CALLS] [{CALL}, {CALL}]", "", [F, F]),
     (MISTRAL, "[TOOL_CALLS] nothing", "[TOOL_CALLS] nothing", []),
+    (MISTRAL_NAMED, f"Oh [TOOL_CALLS]f[ARGS]{F[1]}[TOOL_CALLS]f[ARGS]{F[1]}", "Oh", [F, F]),
+    (MISTRAL_NAMED, "[TOOL_CALLS]f[ARGS]{}", "", [("f", "{}")]),
+    (MISTRAL_NAMED, "[TOOL_CALLS]f[AR", "[TOOL_CALLS]f[AR", []),
+    (GRANITE, f"<|tool_call|>[{CALL}]", "", [F]),
     (
         LLAMA,
         '{"name": "f", "parameters": {}}; {"name": "g", "parameters": {"a": 2}}',
@@ -87,6 +91,11 @@ TEMPLATES = {
         ["<tool_call>", "</tool_call>"],
     ),
     "mistral": ("[TOOL_CALLS] [" + OBJECT + "]", "arguments", ["[TOOL_CALLS]"]),
+    "named": (
+        "[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}",
+        "",
+        ["[TOOL_CALLS]", "[ARGS]"],
+    ),
     "llama": (OBJECT, "parameters", ["<|python_tag|>"]),
 }
 CITY = {
@@ -145,7 +154,7 @@ def test_a_required_call_is_made_whole_and_streamed(client: openai.OpenAI, model
     choice = chat(client, model, **asked).choices[0]
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
     [call] = choice.message.tool_calls
-    assert len(call.id) == (9 if model == "mistral" else 29)
+    assert len(call.id) == (9 if model in ("mistral", "named") else 29)
     arguments = json.loads(call.function.arguments)
     jsonschema.validate(
         arguments, CITY if call.function.name == "weather" else {"maxProperties": 0}
@@ -173,7 +182,7 @@ def test_a_named_function_is_called_and_its_answer_read(client: openai.OpenAI, m
 def test_strict_arguments_are_held_to_where_the_model_may_choose(client: openai.OpenAI) -> None:
     tools = [{"type": "function", "function": TOOLS[0]["function"] | {"strict": True}}]
     begin = {str(made.tokenizer().get_vocab_size()): 100}
-    for model in ("hermes", "mistral"):
+    for model in ("hermes", "mistral", "named"):
         asked: dict[str, Any] = {"tools": tools, "seed": 1, "logit_bias": begin}
         message = chat(client, model, **asked).choices[0].message
         jsonschema.validate(json.loads(message.tool_calls[0].function.arguments), CITY)

@@ -86,9 +86,11 @@ class Calling:
             raise BadRequestError(f"tools: {str(error)[:300]}", param="tools") from None
 
     def _lark(self, special: Mapping[str, int], answer: str | None) -> str:
-        bodies = [self._body(each) for each in self.callable]
-        rules = [f"body{at}: %json {body}" for at, body in enumerate(bodies)]
-        rules.append("body: " + " | ".join(f"body{at}" for at in range(len(bodies))))
+        rules = [
+            f"body{at}: {self._head(each, special)} %json {self._body(each)}"
+            for at, each in enumerate(self.callable)
+        ]
+        rules.append("body: " + " | ".join(f"body{at}" for at in range(len(self.callable))))
         head, tail = self._calls(special, has_end=self.must or answer is not None)
         if self.must:
             return "\n".join([f"start: {head} {tail}", *rules])
@@ -112,6 +114,8 @@ class Calling:
         opening, closing = (_quoted(mark, special) for mark in (dialect.opening, dialect.closing))
         if dialect is LLAMA:
             return "", "body" + self._more('"; " body')
+        if dialect.name_end:
+            return opening, "body" + (self._more(f"{opening} body") if has_end else "")
         if dialect is HERMES:
             one = f'"\\n" body "\\n" {closing}'
             return opening, one + (self._more(f'"\\n" {opening} {one}') if has_end else "")
@@ -121,8 +125,15 @@ class Calling:
     def _more(self, call: str) -> str:
         return f" ({call}){{0,{self.most - 1}}}" if self.most > 1 else ""
 
+    def _head(self, function: Function, special: Mapping[str, int]) -> str:
+        """What stands before a call's object."""
+        end = self.dialect.name_end
+        return f"{_quoted(function.name, {})} {_quoted(end, special)}" if end else ""
+
     def _body(self, function: Function) -> str:
         arguments = _NOTHING if function.parameters is None else function.parameters
+        if self.dialect.name_end:
+            return embedded({"type": "object"} | arguments, bool(function.strict))
         shared = {key: each for key, each in arguments.items() if key in ("$defs", "definitions")}
         schema: dict[str, Any] = {
             "type": "object",

@@ -1,5 +1,6 @@
 """Calls of tools, read out of an answer's text while it comes."""
 
+import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -7,6 +8,8 @@ from tunesmith.infer.dialects import Dialect
 from tunesmith.infer.scan import CallObject
 
 MAX_CALLS = 128
+MAX_NAME = 200
+"""Characters that may stand where a name is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,8 @@ class CallReader:
             if mark and rest.startswith(mark):
                 self._buffer = rest[len(mark) :]
                 return self._after_mark(mark)
+        if dialect.name_end and rest:
+            return self._before_arguments(rest)
         if rest.startswith("{"):
             self._buffer, self._state = rest, self._in_object
             self._object, self._is_told = CallObject(dialect.arguments), False
@@ -98,6 +103,20 @@ class CallReader:
             self._say(self._mark + self._buffer if self._mark or not dialect.opening else rest)
             self._buffer, self._mark = "", ""
             self._state = self._outside if dialect.opening else self._plain
+        return False
+
+    def _before_arguments(self, rest: str) -> bool:
+        """A name, and then the arguments alone: read as if they stood in an object."""
+        name, found, after = rest.partition(self._dialect.name_end)
+        if found:
+            self._object, self._is_told = CallObject(self._dialect.arguments), False
+            for character in json.dumps({"name": name.strip()})[:-1] + ', "arguments": ':
+                self._object.push(character)
+            self._buffer, self._state = after, self._in_object
+            return True
+        if len(rest) > MAX_NAME:
+            self._say(self._mark + self._buffer)
+            self._buffer, self._mark, self._state = "", "", self._outside
         return False
 
     def _after_mark(self, mark: str) -> bool:
@@ -109,6 +128,8 @@ class CallReader:
     def _in_object(self) -> bool:
         for at, character in enumerate(self._buffer):
             self._object.push(character)
+            if self._dialect.name_end and character == "}" and self._object.depth == 1:
+                self._object.push("}")
             if self._object.is_done:
                 self._buffer = self._buffer[at + 1 :]
                 self._tell()
@@ -143,7 +164,7 @@ class CallReader:
         self._object, self._is_told, self._mark = CallObject(""), False, ""
         if self.count >= self._most:
             self._state = self._mute
-        elif is_call:
+        elif is_call and not self._dialect.name_end:
             self._state = self._before_object
         else:
             self._state = self._outside if self._dialect.opening else self._plain

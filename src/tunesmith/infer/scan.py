@@ -8,7 +8,7 @@ class CallObject:
 
     def __init__(self, arguments_key: str) -> None:
         self._arguments_key = arguments_key
-        self._depth = 0
+        self.depth = 0
         self._is_quoted = self._is_escaped = False
         self._key: str | None = None
         self._token: list[str] = []
@@ -25,8 +25,8 @@ class CallObject:
 
     def push(self, character: str) -> None:
         self._raw.append(character)
-        is_first = self._depth == 0
-        is_top = self._depth == 1 and not self._is_quoted
+        is_first = self.depth == 0
+        is_top = self.depth == 1 and not self._is_quoted
         self._step(character)
         if is_first:
             return
@@ -54,17 +54,17 @@ class CallObject:
         elif character == '"':
             self._is_quoted = True
         elif character in "{[":
-            self._depth += 1
+            self.depth += 1
         elif character in "}]":
-            self._depth -= 1
-            self.is_done = self._depth == 0
+            self.depth -= 1
+            self.is_done = self.depth == 0
 
     def _take(self, character: str) -> None:
         if not self._token and character.isspace():
             return
         self._token.append(character)
         if self._is_in_arguments and self._token[0] != '"':
-            is_over = self._depth == 1 and character.isspace()
+            is_over = self.depth == 1 and character.isspace()
             self._arguments += [] if is_over else [character]
             del self._token[1:]
 
