@@ -1,5 +1,6 @@
 """The client of the inference contract, the self-test and the terminal's chat, at a real engine."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 import infer_fixtures as made
 from tunesmith.cli import main
-from tuning_sdk import BadRequestError, LLMClient, NotFoundError, TuningAPIError
+from tuning_sdk import AsyncLLMClient, BadRequestError, LLMClient, NotFoundError, TuningAPIError
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 
@@ -70,6 +71,25 @@ def test_what_is_refused_is_the_servers_own_error(client: LLMClient) -> None:
         list(client.generate("x", stream=True, temperature=9))
     with pytest.raises(ValueError, match="one continuation"):
         client.generate("x", stream=True, num_return_sequences=2)
+
+
+def test_the_async_client_says_the_same(client: LLMClient, url: str) -> None:
+    whole, said = client.generate("the fox", **GREEDY), client.chat("say hello", **GREEDY)
+
+    async def ask() -> None:
+        async with AsyncLLMClient(url, made.KEY) as other:
+            assert (await other.generate("the fox", **GREEDY)).text == whole.text
+            pieces = [piece async for piece in other.stream_generate("the fox", **GREEDY)]
+            assert "".join(pieces) == whole.text
+            assert (await other.chat("say hello", **GREEDY)).text == said.text
+            told = [piece async for piece in other.stream_chat("say hello", **GREEDY)]
+            assert "".join(told) == said.text
+            assert (await other.health_check())["status"] == "healthy"
+            assert (await other.model_info()).model_name == "first"
+            with pytest.raises(NotFoundError):
+                await other.load_model("/no/such/folder")
+
+    asyncio.run(ask())
 
 
 def test_check_calls_each_endpoint_and_tells_what_fails(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         TuningAPIError,
         ValidationError,
     )
-    from tuning_sdk.inference import LLMClient
+    from tuning_sdk.inference import AsyncLLMClient, LLMClient
     from tuning_sdk.models import (
         ChatAnswer,
         CreatedJob,
@@ -42,6 +42,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "TuningClient": "client",
+    "AsyncLLMClient": "inference",
     "LLMClient": "inference",
     "ChatAnswer": "models",
     "Generation": "models",
@@ -70,6 +71,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AsyncLLMClient",
     "AuthenticationError",
     "BadRequestError",
     "ChatAnswer",

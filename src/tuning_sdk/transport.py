@@ -13,81 +13,28 @@ from tuning_sdk.errors import ConnectionError, NotReadyError, TimeoutError, Tuni
 from tuning_sdk.retry import PATIENCE, Call, error_of, should_retry_status, wait_seconds
 
 _CONNECT_SECONDS = 5.0
-_MAX_ERROR_BYTES = 1 << 20
+MAX_ERROR_BYTES = 1 << 20
 _AGENT = "tuning-sdk/0.1.0"
 
 Body = Callable[[], AbstractContextManager[dict[str, Any]]]
 """Opens what is sent along with a call, anew for each try: httpx2's `files=` and the like."""
 
 
-class Transport:
-    """A connection pool with a key. `sleep` is what waits between two tries."""
+class Wire:
+    """What a waiting and an async transport have in common: where, with which key, how often."""
+
+    _http: httpx2.Client | httpx2.AsyncClient
 
     def __init__(
-        self,
-        base_url: str,
-        api_key: str | None,
-        timeout: float,
-        max_retries: int,
-        sleep: Callable[[float], None] = time.sleep,
+        self, base_url: str, api_key: str | None, timeout: float, max_retries: int
     ) -> None:
         self.base_url = checked_url(base_url)
         self.timeout = timeout
         self.max_retries = max_retries
-        self.sleep = sleep
         self._has_answered = False
-        headers = {"User-Agent": _AGENT, "Accept": "application/json"}
+        self._headers = {"User-Agent": _AGENT, "Accept": "application/json"}
         if api_key:
-            headers["Authorization"] = f"Bearer {checked_key(api_key)}"
-        self._http = httpx2.Client(
-            base_url=self.base_url,
-            headers=headers,
-            trust_env=not is_loopback(self.base_url),
-        )
-
-    def close(self) -> None:
-        self._http.close()
-
-    def send(self, call: Call, body: Body | None = None) -> Any:
-        """Send, retry where that is safe, and return the parsed JSON (None for an empty answer).
-
-        A server that answered before and is away now is given time for a restart, unless
-        `max_retries` is 0. Raises the leaf of TuningAPIError that the server raised,
-        ConnectionError, TimeoutError.
-        """
-        tried = 0
-        while True:
-            tried += 1
-            try:
-                return _parsed(self._once(call, body))
-            except TuningAPIError as error:
-                if not self._is_worth_a_retry(call, error, tried):
-                    raise
-                self.sleep(wait_seconds(tried, getattr(error, "retry_after", None)))
-
-    @contextmanager
-    def stream(self, call: Call) -> Iterator[httpx2.Response]:
-        """An answer that is read while it comes; not retried here. Raises as `send` does."""
-        with self._told():
-            response = self._http.send(self._request(call), stream=True)
-        self._has_answered = True
-        try:
-            with self._told():
-                _refuse(response)
-                yield response
-        finally:
-            response.close()
-
-    def _once(self, call: Call, body: Body | None) -> httpx2.Response:
-        with self._told():
-            if body is None:
-                response = self._http.send(self._request(call))
-            else:
-                with body() as parts:
-                    response = self._http.send(self._request(call, parts))
-            self._has_answered = True
-            _refuse(response)
-            return response
+            self._headers["Authorization"] = f"Bearer {checked_key(api_key)}"
 
     def _request(self, call: Call, more: dict[str, Any] | None = None) -> httpx2.Request:
         headers = dict(call.headers)
@@ -129,6 +76,71 @@ class Transport:
             raise ConnectionError(f"cannot reach {self.base_url}: {error}") from error
 
 
+class Transport(Wire):
+    """A connection pool with a key. `sleep` is what waits between two tries."""
+
+    _http: httpx2.Client
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None,
+        timeout: float,
+        max_retries: int,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        super().__init__(base_url, api_key, timeout, max_retries)
+        self.sleep = sleep
+        is_here = is_loopback(self.base_url)
+        self._http = httpx2.Client(
+            base_url=self.base_url, headers=self._headers, trust_env=not is_here
+        )
+
+    def close(self) -> None:
+        self._http.close()
+
+    def send(self, call: Call, body: Body | None = None) -> Any:
+        """Send, retry where that is safe, and return the parsed JSON (None for an empty answer).
+
+        A server that answered before and is away now is given time for a restart, unless
+        `max_retries` is 0. Raises the leaf of TuningAPIError that the server raised,
+        ConnectionError, TimeoutError.
+        """
+        tried = 0
+        while True:
+            tried += 1
+            try:
+                return parsed(self._once(call, body))
+            except TuningAPIError as error:
+                if not self._is_worth_a_retry(call, error, tried):
+                    raise
+                self.sleep(wait_seconds(tried, getattr(error, "retry_after", None)))
+
+    @contextmanager
+    def stream(self, call: Call) -> Iterator[httpx2.Response]:
+        """An answer that is read while it comes; not retried here. Raises as `send` does."""
+        with self._told():
+            response = self._http.send(self._request(call), stream=True)
+        self._has_answered = True
+        try:
+            with self._told():
+                _refuse(response)
+                yield response
+        finally:
+            response.close()
+
+    def _once(self, call: Call, body: Body | None) -> httpx2.Response:
+        with self._told():
+            if body is None:
+                response = self._http.send(self._request(call))
+            else:
+                with body() as parts:
+                    response = self._http.send(self._request(call, parts))
+            self._has_answered = True
+            _refuse(response)
+            return response
+
+
 def checked_url(base_url: str) -> str:
     """Without a slash at its end. Raises ValueError for what is no http(s) address."""
     try:
@@ -163,12 +175,12 @@ def _refuse(response: httpx2.Response) -> None:
     body = b""
     for block in response.iter_bytes():
         body += block
-        if len(body) > _MAX_ERROR_BYTES:
+        if len(body) > MAX_ERROR_BYTES:
             break
     raise error_of(response.status_code, response.headers, body)
 
 
-def _parsed(response: httpx2.Response) -> Any:
+def parsed(response: httpx2.Response) -> Any:
     if not response.content:
         return None
     try:
