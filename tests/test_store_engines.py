@@ -117,6 +117,16 @@ def test_engines_and_jobs_share_no_gpu(ledger: Ledger) -> None:
     assert ask(ledger, say(engine, "stopped"), gpus=(0, 1)) == [("start", another.id)]
 
 
+def test_an_engine_takes_a_gpu_that_is_free_and_else_none(ledger: Ledger) -> None:
+    """Where it may."""
+    first, second = want(ledger, "/a"), want(ledger, "/b")
+    asked = new_ask("w1", "e", gpus=(0,))
+    ledger.write(lambda tx: engines.orders(tx, asked, max_engines=2, may_take_gpu=True))
+    assert [get(ledger, one.id).gpus for one in (first, second)] == [(0,), ()]
+    ledger.submit(needs=Needs(gpus=1))
+    assert ledger.claim(gpus=(0,)) is None
+
+
 def test_engines_of_a_silent_worker_are_given_up(ledger: Ledger) -> None:
     ledger.claim()
     engine = make_ready(ledger)

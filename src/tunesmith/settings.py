@@ -62,6 +62,8 @@ class Settings(BaseModel):
     engine_start_seconds: float = Field(300, gt=0)
     engine_silent_seconds: float = Field(60, gt=0, le=86_400)
     """Without an answer from an engine to anything, before it is stopped as frozen."""
+    engine_device: Literal["auto", "cpu"] = "auto"
+    """auto: an engine takes a GPU that is free when it starts, and has it until it ends."""
     engine_drain_seconds: float = Field(300, ge=0, le=600)
     """For the requests that an engine is answering when another takes its place."""
     max_engines: int = Field(2, ge=1)

@@ -260,7 +260,12 @@ class Engines:
         if not self._store.read(lambda tx: _differs(tx, ask)):
             return ()
         given = await self._hub.write(
-            lambda tx: rows.orders(tx, ask, max_engines=self._settings.max_engines)
+            lambda tx: rows.orders(
+                tx,
+                ask,
+                max_engines=self._settings.max_engines,
+                may_take_gpu=self._settings.engine_device == "auto",
+            )
         )
         return tuple(self._order(order) for order in given if self._is_news(order, ask))
 
@@ -290,6 +295,7 @@ class Engines:
             log_path=str(self._settings.home / "engines" / f"{engine.id}.log"),
             threads=self._settings.slots,
             precision=engine.precision,
+            gpus=engine.gpus,
             options=engine.options,
         )
 
@@ -358,13 +364,14 @@ class Engines:
 
     def health(self) -> dict[str, Any]:
         """The fields of the inference contract's health."""
-        names = [row.model_name for row in self._living() if row.state == "ready"]
+        ready = [row for row in self._living() if row.state == "ready"]
+        names = [row.model_name for row in ready]
         if self.foreign.is_well:
             names += self.foreign.names
         return {
             "model_loaded": bool(names),
             "model_name": names[0] if names else None,
-            "device": "cpu",
+            "device": "cuda" if ready and ready[0].gpus else "cpu",
         }
 
     async def close(self) -> None:

@@ -60,6 +60,7 @@ class Door:
         finally:
             if served := state.get("served"):
                 served.let_go()
+                gauges.look(served)
             if scope["path"] not in _QUIET:
                 _note(scope, status, began)
 

@@ -115,6 +115,8 @@ class EngineOrder(Strict):
     log_path: str = ""
     threads: int = 1
     precision: str = "auto"
+    gpus: tuple[int, ...] = ()
+    """Empty: the CPU."""
     grace_seconds: float = 10
     """Of one that should stop: for the requests that it is answering."""
     options: dict[str, Any] = {}

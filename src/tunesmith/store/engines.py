@@ -170,9 +170,12 @@ def stop_idle(tx: Connection, idle_seconds: float) -> list[str]:
     return idle
 
 
-def orders(tx: Connection, ask: WorkAsk, *, max_engines: int) -> list[Order]:
+def orders(
+    tx: Connection, ask: WorkAsk, *, max_engines: int, may_take_gpu: bool = False
+) -> list[Order]:
     """Take in what the worker says of its engines, and tell it what to start and to stop.
 
+    `may_take_gpu`: an engine that needs none gets one where one is free.
     An order is given again until the worker's list shows that it arrived; ids make that safe.
     """
     for status in ask.engines:
@@ -195,10 +198,10 @@ def orders(tx: Connection, ask: WorkAsk, *, max_engines: int) -> list[Order]:
             _settle(tx, engine.id, "stopped", "its worker started anew without it")
         else:
             given.append(Order(action="start", engine_id=engine.id, engine=engine))
-    return given + _place(tx, ask, max_engines)
+    return given + _place(tx, ask, max_engines, may_take_gpu)
 
 
-def _place(tx: Connection, ask: WorkAsk, max_engines: int) -> list[Order]:
+def _place(tx: Connection, ask: WorkAsk, max_engines: int, may_take_gpu: bool) -> list[Order]:
     """Give wanted engines to this worker, as far as they fit."""
     placed = select(func.count()).select_from(engines).where(engines.c.state.in_(_PLACED))
     left = max_engines - (tx.scalar(placed) or 0)
@@ -212,7 +215,8 @@ def _place(tx: Connection, ask: WorkAsk, max_engines: int) -> list[Order]:
     given = []
     for row in tx.execute(query).mappings().all():
         free = reservations.room(tx, ask.worker_id, ask.capacity)
-        needs = Needs(gpus=row["needs_gpus"], memory_bytes=row["needs_memory_bytes"])
+        gpus = max(row["needs_gpus"], int(may_take_gpu and bool(free.gpus)))
+        needs = Needs(gpus=gpus, memory_bytes=row["needs_memory_bytes"])
         if needs.gpus > len(free.gpus) or (
             not needs.gpus and needs.memory_bytes > free.memory_bytes
         ):

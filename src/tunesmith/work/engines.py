@@ -105,7 +105,7 @@ class Engines:
         journal = CappedLog(Path(engine.order.log_path), self.max_log_bytes)
         try:
             child = engine.child = await self.forker.start(
-                *self._program(engine.order), {KEY_VARIABLE: engine.order.key}
+                *self._program(engine.order), _environment(engine.order)
             )
             helpers = [
                 asyncio.create_task(pump(child.stderr, journal)),
@@ -167,7 +167,15 @@ def _arguments(order: EngineOrder) -> list[str]:
     argv += ["--host", "127.0.0.1", "--port", "0", "--key-env", KEY_VARIABLE]
     argv += ["--threads", str(order.threads), "--precision", order.precision]
     argv += ["--grace-seconds", str(DRAIN_SECONDS)]
+    argv += ["--device", "cuda" if order.gpus else "cpu"]
     return [*argv, "--die-with-parent"]
+
+
+def _environment(order: EngineOrder) -> dict[str, str]:
+    told = {KEY_VARIABLE: order.key}
+    if order.gpus:
+        told["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, order.gpus))
+    return told
 
 
 async def _first_word(child: Child) -> dict[str, Any]:
