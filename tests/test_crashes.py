@@ -310,7 +310,7 @@ def test_an_engine_killed_in_mid_answer_says_so_and_the_next_question_is_answere
     assert client.completions.create(**ask, max_tokens=2).choices
     with contextlib.closing(sqlite3.connect(house.home / "db.sqlite")) as db:
         (pid,) = db.execute("select pid from engines where state = 'ready'").fetchone()
-    parts = client.completions.create(**ask, max_tokens=240, stream=True)
+    parts = client.completions.create(**ask, max_tokens=240, n=16, stream=True)  # so it lasts
     next(iter(parts))
     psutil.Process(pid).kill()
     with pytest.raises(openai.APIError, match="stopped in mid-answer"):

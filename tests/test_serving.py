@@ -125,7 +125,7 @@ def test_an_engine_killed_in_mid_stream_is_an_event_and_the_next_request_is_serv
     house: House, http: httpx2.Client
 ) -> None:
     load(http, "models/tiny")
-    body = {"prompt": "the", "stream": True, "max_new_tokens": 120, "num_return_sequences": 8}
+    body = {"prompt": "the", "stream": True, "max_new_tokens": 120, "num_return_sequences": 16}
     processes = house.children("--model-name tiny")
     with http.stream("POST", "/generate", json=body) as stream:
         lines = stream.iter_lines()
