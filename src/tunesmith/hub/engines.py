@@ -12,9 +12,12 @@ import httpx2
 import msgspec
 from sqlalchemy.engine import Connection
 
-from tunesmith.errors import NotFoundError, NotReadyError, TuningAPIError
-from tunesmith.hub.answers import Answer, Target, bearer, message
+from tunesmith.errors import NotReadyError, TuningAPIError
+from tunesmith.hub import looks
+from tunesmith.hub.aboard import Aboard, Unservable
+from tunesmith.hub.answers import Answer, Target, bearer
 from tunesmith.hub.foreign import Foreign
+from tunesmith.hub.found import Found
 from tunesmith.hub.hop import Hop, HopError, HopTimeout
 from tunesmith.hub.names import FoundModel
 from tunesmith.hub.principal import Principal
@@ -38,11 +41,6 @@ ENGINE_BYTES = 600 << 20
 WORKER_SECONDS = 15.0
 """A server that was just started waits so long for its worker, before it refuses a chat."""
 REPEAT_SECONDS = 10.0
-FOUND_SECONDS = 0.5
-"""What a name stands for is good for so long: a busy model is not looked up for each request."""
-_MAX_FOUND = 1000
-ALIVE_SECONDS = 5.0
-"""For an engine to say that it lives, after a connection to it broke."""
 GIVEN_UP_SECONDS = 3.0
 """From a word to an engine that does not answer until it is killed."""
 LOST_SECONDS = 120.0
@@ -54,9 +52,6 @@ class Engines:
 
     def __init__(self, hub: "Hub") -> None:
         self._hub = hub
-        self._found: dict[tuple[object, ...], tuple[float, FoundModel | Target]] = {}
-        self._adapters: dict[str, set[str]] = {}
-        self._loading: dict[tuple[str, str], asyncio.Lock] = {}
         self._ordered: dict[tuple[str, str, str], float] = {}
         self._used: set[str] = set()
         self._given_up: set[str] = set()
@@ -66,6 +61,8 @@ class Engines:
         self._looking: asyncio.Task[None] | None = None
         self._client: httpx2.AsyncClient | None = None
         self.foreign = Foreign(hub.settings, self._http)
+        self._found = Found(hub, self.foreign)
+        self._aboard = Aboard(self._http)
         self.hop = Hop()
 
     @property
@@ -101,7 +98,11 @@ class Engines:
                 if is_last_try or isinstance(error, HopTimeout | httpx2.ReadTimeout):
                     raise _not_ready(f"the engine of {model!r} does not answer") from None
                 continue
-            if answer.status != 404 or is_last_try or not self._forget(target, served):
+            if (
+                answer.status != 404
+                or is_last_try
+                or not self._aboard.forget(target.engine_id, served)
+            ):
                 return answer
             await answer.close()
         raise AssertionError
@@ -110,40 +111,19 @@ class Engines:
         self, model: str, who: Principal, precision: str | None = None, field: str = "model"
     ) -> tuple[Target, str]:
         """Where a model answers, and how it is called there. Raises as `ask`."""
-        found = await self._find(model, who, field)
+        found = await self._found.find(model, who, field)
         if isinstance(found, Target):
             return found, found.base_name
         target = await self.foreign.holding(found) or await self.ready(found, precision)
-        return target, await self.served_name(target, found)
-
-    async def _find(self, model: str, who: Principal, field: str) -> FoundModel | Target:
-        """Looked up anew after a moment; what is not there is looked for each time."""
-        now, key = time.monotonic(), (model, who.owner, who.sees_all, field)
-        seen = self._found.get(key)
-        if seen is not None and now - seen[0] < FOUND_SECONDS:
-            return seen[1]
-        found: FoundModel | Target | None
         try:
-            found = await asyncio.to_thread(self._hub.find_model, model, who, field)
-        except NotFoundError:
-            found = await self.foreign.named(model)
-            if found is None:
-                raise
-        if len(self._found) > _MAX_FOUND:
-            self._found.clear()
-        self._found[key] = (now, found)
-        return found
-
-    def _forget(self, target: Target, served: str) -> bool:
-        """Whether an adapter was thought to be there that the engine does not know (any more)."""
-        known = self._adapters.get(target.engine_id, set())
-        is_known = served in known
-        known.discard(served)
-        return is_known
+            return target, await self._aboard.served_name(target, found)
+        except httpx2.TransportError as error:
+            await self._doubt(target, error)
+            raise
 
     async def _doubt(self, target: Target, error: Exception) -> None:
         """A connection may break, on an engine that is well and talks to others."""
-        if not await self._is_alive(target):
+        if not await looks.is_alive(self._http(), target):
             await self._lost(target, f"{type(error).__name__}: {error}")
 
     async def _send(self, target: Target, path: str, body: dict[str, Any], model: str) -> Answer:
@@ -166,13 +146,6 @@ class Engines:
             raise
         return answer
 
-    async def _is_alive(self, target: Target) -> bool:
-        try:
-            reply = await self._http().get(target.url + "/health", timeout=ALIVE_SECONDS)
-        except httpx2.TransportError:
-            return False
-        return reply.status_code < 500
-
     async def ready(self, found: FoundModel, precision: str | None = None) -> Target:
         """Wait for the engine of the model's base; ask the workers for one where there is none.
 
@@ -187,7 +160,7 @@ class Engines:
                 if row.state == "ready" and row.url:
                     return Target(row.id, row.url, row.key)
                 if row.state == "failed":
-                    raise _late(Unservable(f"{found.name!r} could not be served: {row.error}"))
+                    raise Unservable(f"{found.name!r} could not be served: {row.error}")
                 if row.state == "stopped":
                     engine_id = await self._want(found, precision)
                     continue
@@ -225,34 +198,10 @@ class Engines:
 
         return (await self._hub.write(work)).id
 
-    async def served_name(self, target: Target, found: FoundModel) -> str:
-        """The base's own name, or the adapter's, loaded first where the engine has not got it."""
-        if not found.folder.is_adapter:
-            return target.base_name or found.folder.base.name
-        name = found.adapter_key
-        lock = self._loading.setdefault((target.engine_id, name), asyncio.Lock())
-        async with lock:
-            if name in self._adapters.get(target.engine_id, set()):
-                return name
-            try:
-                reply = await self._http().post(
-                    target.url + "/v1/load_lora_adapter",
-                    json={"lora_name": name, "lora_path": str(found.folder.path)},
-                    headers=bearer(target.key),
-                )
-            except httpx2.TransportError as error:
-                await self._doubt(target, error)
-                raise
-            is_there = reply.status_code < 400 or _is_taken(reply)
-            if not is_there:
-                raise _late(Unservable(f"{found.name!r} could not be loaded: {message(reply)}"))
-            self._adapters.setdefault(target.engine_id, set()).add(name)
-        return name
-
     async def reported(self, report: EngineReport) -> None:
         """A worker tells how an engine is."""
         if report.state in ("failed", "stopped"):
-            self._adapters.pop(report.id, None)
+            self._aboard.lost(report.id)
         await self._hub.write(lambda tx: rows.report(tx, report))
 
     async def orders(self, ask: WorkAsk) -> tuple[EngineOrder, ...]:
@@ -331,36 +280,18 @@ class Engines:
         """Of engines that are no more."""
         self._given_up &= living
         self._busy = {name: count for name, count in self._busy.items() if count > 0}
-        for gone in self._adapters.keys() - living:
-            del self._adapters[gone]
-        for key, lock in list(self._loading.items()):
-            if key[0] not in living and not lock.locked():
-                del self._loading[key]
+        self._aboard.forget_all_but(living)
         recent = time.monotonic() - REPEAT_SECONDS
         self._ordered = {mark: at for mark, at in self._ordered.items() if at > recent}
 
     async def describe(self, target: Target) -> dict[str, Any] | None:
         """An engine's own `/model_info`; None of one that has none."""
-        headers = bearer(target.key)
-        try:
-            reply = await self._http().get(f"{target.url}/model_info", headers=headers, timeout=10)
-            return dict(reply.json()) if reply.status_code == 200 else None
-        except (httpx2.HTTPError, ValueError, TypeError):
-            return None
+        return await looks.model_info(self._http(), target)
 
     async def expositions(self) -> list[tuple[rows.Engine, str]]:
         """What each engine that is ready tells Prometheus."""
         ready = [row for row in self._living() if row.state == "ready" and row.url]
-        told = await asyncio.gather(*(self._exposition(row) for row in ready))
-        return [(row, text) for row, text in zip(ready, told, strict=True) if text]
-
-    async def _exposition(self, row: rows.Engine) -> str:
-        headers = bearer(row.key)
-        try:
-            reply = await self._http().get(f"{row.url}/metrics", headers=headers, timeout=5)
-        except httpx2.HTTPError:
-            return ""
-        return reply.text if reply.status_code == 200 else ""
+        return await looks.expositions(self._http(), ready)
 
     def health(self) -> dict[str, Any]:
         """The fields of the inference contract's health."""
@@ -386,7 +317,7 @@ class Engines:
         return self._store.read(lambda tx: rows.list_engines(tx))
 
     async def _lost(self, target: Target, reason: str) -> None:
-        self._adapters.pop(target.engine_id, None)
+        self._aboard.lost(target.engine_id)
         log.error("engine %s does not answer: %s", target.engine_id, reason)
         if not target.is_ours:
             return
@@ -423,19 +354,7 @@ def _differs(tx: Connection, ask: WorkAsk) -> bool:
     )
 
 
-def _is_taken(reply: httpx2.Response) -> bool:
-    """Whether the engine has that adapter: from before a restart of ours. vLLM says it in words."""
-    return reply.status_code == 409 or "taken" in reply.text or "already been loaded" in reply.text
-
-
-class Unservable(NotReadyError):
-    """Its engine was started, and could not load it."""
-
-
 def _not_ready(said: str) -> NotReadyError:
-    return _late(NotReadyError(said))
-
-
-def _late(error: NotReadyError) -> NotReadyError:
+    error = NotReadyError(said)
     error.retry_after = 5
     return error

@@ -4,7 +4,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import BadRequestError, NotReadyError
-from tunesmith.hub.engines import Unservable
+from tunesmith.hub.aboard import Unservable
 from tunesmith.hub.principal import Principal
 from tunesmith.store import defaults
 from tunesmith.store.defaults import Default
