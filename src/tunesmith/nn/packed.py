@@ -150,7 +150,8 @@ class Int8:
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
         self.outputs, self.bias_N = weight_NK.shape[0], bias_N
         scale_N1 = _steps(weight_NK)
-        whole_NK = (weight_NK / scale_N1).round_().to(torch.int8)
+        # What is packed is read as it lies: a transposed weight, GPT-2's, is not in order.
+        whole_NK = (weight_NK / scale_N1).round_().to(torch.int8).contiguous()
         self._lengths_N: Tensor = torch.linalg.vector_norm(whole_NK.float(), dim=1)
         self._lengths_N *= scale_N1[:, 0]
         self._scale_N = scale_N1[:, 0].contiguous()
