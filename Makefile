@@ -44,6 +44,7 @@ bench: install
 	$(QUIET) $(BIN)/python bench/list.py
 	$(QUIET) $(BIN)/python bench/ready.py
 	$(QUIET) $(BIN)/python bench/hop.py
+	$(QUIET) $(BIN)/python bench/draw.py
 
 install: .venv/installed
 
