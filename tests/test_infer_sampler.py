@@ -197,6 +197,14 @@ def test_a_row_is_sampled_alike_alone_and_among_others() -> None:
     assert together == alone
 
 
+def test_equal_logits_are_drawn_alike_whoever_is_beside_them() -> None:
+    torch.manual_seed(4)
+    rows = (torch.randn(4, 5000) * 2).round()
+    alone = [draw(0.7, temperature=1, top_p=0.3), draw(0.2, temperature=1, top_k=40)]
+    wide = [draw(0.5, temperature=1, top_k=3000), draw(0.5, temperature=1, top_k=150)]
+    assert sample(rows, alone + wide)[:2] == sample(rows[:2], alone)
+
+
 def test_greedy_and_sampled_rows_share_a_batch() -> None:
     rows = torch.tensor([[0.0, 5.0, 0.0], [0.0, 0.0, 9.0]])
     assert sample(rows, [draw(temperature=0), draw(0.5, temperature=1)]) == [1, 2]

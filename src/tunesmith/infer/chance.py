@@ -64,20 +64,19 @@ def _draw_narrow(logits_BV: Tensor, wishes_B5: Tensor) -> list[int]:
     """Rows of which top-k or top-p leave few: those alone are sorted, and more where they were too
     few to reach top-p."""
     B, V = logits_BV.shape
-    top_k_B = wishes_B5[:, 1]
-    most = int(top_k_B.masked_fill(top_k_B >= V, 0).max())
+    least = [0 if k >= V else int(k) for k in wishes_B5[:, 1].tolist()]
     mass_B1 = wishes_B5[:, :1]
-    if bool((top_k_B >= V).any()):
+    if 0 in least:
         mass_B1 = _weights(logits_BV, wishes_B5[:, :1]).sum(-1, True, dtype=torch.float64)
-    ids, rows = [0] * B, list(range(B))
-    for width in (*(max(each, most) for each in _WIDTHS), V):
-        part_BV, part_B5, part_B1 = _of(rows, logits_BV, wishes_B5, mass_B1)
-        found, is_short = _draw_sorted(part_BV, part_B5, part_B1, min(width, V))
-        for i, id_ in zip(rows, found, strict=True):
-            ids[i] = id_
-        rows = [i for i, short in zip(rows, is_short, strict=True) if short]
-        if not rows:
-            break
+    ids, left = [0] * B, set(range(B))
+    for width in sorted({*(min(each, V) for each in _WIDTHS), V}):
+        rows = [i for i in sorted(left) if least[i] <= width]
+        if rows:
+            part_BV, part_B5, part_B1 = _of(rows, logits_BV, wishes_B5, mass_B1)
+            found, is_short = _draw_sorted(part_BV, part_B5, part_B1, width)
+            for i, id_, short in zip(rows, found, is_short, strict=True):
+                ids[i] = id_
+                left -= set() if short else {i}
     return ids
 
 
@@ -88,9 +87,9 @@ def _draw_sorted(
     weight, where it has no top-k."""
     V = logits_BV.shape[-1]
     temperature_B1, top_k_B1, top_p_B1, min_p_B1, uniform_B1 = wishes_B5.T[:, :, None]
-    best = logits_BV.topk(width, dim=-1)
+    best_BW, ids_BW = _likeliest(logits_BV, width)
     places_W = torch.arange(width, device=logits_BV.device)
-    weights_BW = _weights(best.values, temperature_B1).double()
+    weights_BW = _weights(best_BW, temperature_B1).double()
     weights_BW.masked_fill_(places_W >= top_k_B1, 0)
     edges_BW = weights_BW.cumsum(dim=-1)
     goal_B1 = top_p_B1 * torch.where(top_k_B1 < V, edges_BW[:, -1:], mass_B1)
@@ -99,8 +98,17 @@ def _draw_sorted(
     weights_BW.masked_fill_(is_dropped_BW | (weights_BW < min_p_B1), 0)
     edges_BW = weights_BW.cumsum(dim=-1)
     at_B1 = _look_up(uniform_B1 * edges_BW[:, -1:], edges_BW, weights_BW)
-    ids: list[int] = best.indices.gather(-1, at_B1)[:, 0].tolist()
+    ids: list[int] = ids_BW.gather(-1, at_B1)[:, 0].tolist()
     return ids, is_short_B1[:, 0].tolist()
+
+
+def _likeliest(logits_BV: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` largest of each row and their ids, of equal ones the lower id first: logits of
+    16 bits have many equals, and how `topk` orders them hangs on the batch."""
+    found_BW, ids_BW = logits_BV.topk(width, dim=-1, sorted=False)
+    ids_BW, order_BW = ids_BW.sort(dim=-1)
+    found_BW, after_BW = found_BW.gather(-1, order_BW).sort(dim=-1, descending=True, stable=True)
+    return found_BW, ids_BW.gather(-1, after_BW)
 
 
 def _weights(logits_BV: Tensor, temperature_B1: Tensor) -> Tensor:
