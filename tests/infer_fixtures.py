@@ -97,6 +97,26 @@ def model_folder(folder: Path, kind: str = "llama", **over: Any) -> Path:
     return folder
 
 
+def hollow_folder(folder: Path, **config: Any) -> Path:
+    """A model of any size whose weights are a hole in a file: zeros that take no disk."""
+    model_folder(folder)
+    told = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(told))
+    with torch.device("meta"):
+        made = transformers.AutoConfig.from_pretrained(folder)
+        net = transformers.AutoModelForCausalLM.from_config(made)
+    head, at = {}, 0
+    for name, weight in net.state_dict().items():
+        size = 2 * weight.numel()
+        place = {"shape": list(weight.shape), "data_offsets": [at, at + size]}
+        head[name], at = {"dtype": "BF16", **place}, at + size
+    text = json.dumps(head).encode()
+    with (folder / "model.safetensors").open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.truncate(8 + len(text) + at)
+    return folder
+
+
 def break_tokens_from(folder: Path, first: int) -> None:
     """Make the embeddings of these ids NaN, so that a sequence fails once it has said one."""
     weights = load_file(folder / "model.safetensors")
@@ -161,7 +181,7 @@ def engine_process(*arguments: str, log: Path) -> Iterator[EngineProcess]:
 
 
 FORKING = """
-import json, os, sys
+import json, os, resource, sys
 import tunesmith.infer.server as server
 assert len(os.listdir("/proc/self/task")) == 1, "one thread before the fork"
 for line in sys.stdin:
@@ -174,6 +194,10 @@ for line in sys.stdin:
     if pid == 0:
         os.dup2(os.open(asked["log"], os.O_WRONLY | os.O_CREAT, 0o600), 2)
         os.dup2(os.open(asked["out"], os.O_WRONLY | os.O_CREAT, 0o600), 1)
+        if asked["more_bytes"] is not None:
+            taken = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
+            most = int(taken.split()[1]) * 1024 + asked["more_bytes"]
+            resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         os._exit(server.main([*asked["arguments"], f"--parent-pid={os.getppid()}"]))
     print(pid, flush=True)
 os._exit(0)
@@ -194,13 +218,15 @@ class ForkServer:
             text=True,
         )
 
-    def start(self, *arguments: str) -> tuple[int, dict[str, Any]]:
-        """Fork an engine. Returns its process id and what it announces."""
+    def start(self, *arguments: str, more_bytes: int | None = None) -> tuple[int, dict[str, Any]]:
+        """Fork an engine, which may take so many bytes more. Returns its process id and what it
+        announces."""
         self._count += 1
         out = self._folder / f"out{self._count}"
         os.mkfifo(out)
         log = self._folder / f"log{self._count}"
-        pid = self._ask({"arguments": arguments, "out": str(out), "log": str(log)})
+        asked = {"arguments": arguments, "out": str(out), "log": str(log)}
+        pid = self._ask(asked | {"more_bytes": more_bytes})
         with out.open() as announcements:
             said = json.loads(announcements.readline() or "{}")
         return pid, said

@@ -119,6 +119,12 @@ def test_a_value_out_of_range_is_a_422_that_names_it(
     assert reply.json()["detail"][0]["loc"][-1] == field
 
 
+def test_a_body_that_is_no_json_is_a_422_too(http: httpx2.Client) -> None:
+    for body in (b"", b"[]", b'{"prompt": NaN}', b"[" * 300):
+        reply = http.post("/generate", content=body)
+        assert (reply.status_code, reply.json()["detail"][0]["loc"]) == (422, ["body"])
+
+
 def test_edges_of_the_ranges_are_served(http: httpx2.Client) -> None:
     edge = {"temperature": 2, "top_p": 0, "top_k": 0, "num_return_sequences": 16}
     body = {"prompt": "a", "max_new_tokens": 1, "repetition_penalty": 0.01, **edge}

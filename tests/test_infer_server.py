@@ -438,6 +438,15 @@ def test_what_cannot_start_says_why(
     assert reason in said["message"]
 
 
+def test_memory_that_ends_at_load_is_told_in_a_sentence(forks: ForkServer, tmp_path: Path) -> None:
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, "head_dim": 256}
+    model = made.hollow_folder(tmp_path / "large", **wide)
+    pid, said = forks.start(f"--model={model}", more_bytes=300 << 20)
+    assert forks.wait(pid) == 1
+    assert said["type"] == "failed"
+    assert "the memory ended while it was loaded" in said["message"]
+
+
 def test_a_failure_in_mid_stream_is_an_event_and_the_next_request_is_served(
     forks: ForkServer, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 from fastapi import FastAPI, Query, Request, Response
 from starlette.responses import JSONResponse
 
-from tunesmith.errors import NotFoundError
+from tunesmith.errors import BadRequestError, NotFoundError
 from tunesmith.infer import contract
 from tunesmith.infer.body import read_json
 from tunesmith.infer.completions import chat as answer_chat
@@ -64,9 +64,11 @@ def _place(told: str) -> Path:
 
 
 async def _answer(house: House, request: Request, kind: type[Asked]) -> Response:
-    body = await read_json(request, house.max_body_bytes)
     try:
-        asked = kind.model_validate(body)
+        asked = kind.model_validate(await read_json(request, house.max_body_bytes))
+    except BadRequestError as error:
+        fault = {"loc": ["body"], "msg": error.message, "type": "json_invalid"}
+        return JSONResponse({"detail": [fault]}, 422)
     except pydantic.ValidationError as error:
         return JSONResponse({"detail": contract.faults(error)}, 422)
     served = await house.take(request)

@@ -10,6 +10,8 @@ agree on (`fellows`). Settings come from the environment and `.env`.
 import contextlib
 import logging
 import os
+import socket
+import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
@@ -91,12 +93,23 @@ def run(settings: Settings, reload: bool = False) -> int:
         options["reload_dirs"] = [str(Path(__file__).resolve().parents[1])]
         uvicorn.run(APP, **options)  # type: ignore[arg-type]
         return 0
-    server = uvicorn.Server(uvicorn.Config(Standalone(settings), **options))  # type: ignore[arg-type]
+    server = _Server(uvicorn.Config(Standalone(settings), **options))  # type: ignore[arg-type]
     try:
         server.run()
     except KeyboardInterrupt:
         return 130
     return 0 if server.started else 1
+
+
+class _Server(uvicorn.Server):
+    """Says where it is, once it answers."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.servers and not self.should_exit:
+            host, port, *_ = self.servers[0].sockets[0].getsockname()
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            print(f"Tunesmith serves at {url}  (docs: {url}/docs)", file=sys.stderr, flush=True)
 
 
 def _as_environment(settings: Settings) -> Mapping[str, str]:
