@@ -14,10 +14,11 @@ from typing import Any
 
 import httpx2
 import pytest
+from starlette.requests import Request
 
 import infer_fixtures as made
 from servers import free_port
-from tunesmith.errors import BadRequestError
+from tunesmith.errors import BadRequestError, TuningAPIError
 from tunesmith.infer.fellows import Fellows
 from tunesmith.infer.house import House
 from tunesmith.infer.loading import Loader, Wanted
@@ -200,3 +201,31 @@ def test_what_one_process_cannot_load_none_does(folder: Path, tmp_path: Path) ->
 def _name(house: House) -> str:
     assert house.served is not None
     return house.served.model_name
+
+
+def test_without_room_for_both_the_old_model_goes_first_and_comes_back(
+    folder: Path, tmp_path: Path
+) -> None:
+    first, second = Wanted(folder / "first", "first"), Wanted(folder / "second", "second")
+
+    async def swap() -> None:
+        house = House(None, Loader(running=1, reserve_bytes=1 << 60))
+        house.put(await house.prepare(first))
+        old = await house.take(Request({"type": "http"}))
+        loading = asyncio.create_task(house.load(second))
+        while house.served is not None:
+            await asyncio.sleep(0.01)
+        late = asyncio.create_task(house.take(Request({"type": "http"})))
+        await asyncio.sleep(0.05)
+        assert not loading.done()
+        assert not late.done()
+        old.let_go()
+        assert (await loading).model_name == (await late).model_name == "second"
+        (await late).let_go()
+        made.network("llama").save_pretrained(tmp_path)
+        with pytest.raises(TuningAPIError, match="tokenizer"):
+            await house.load(Wanted(tmp_path, "mute"))
+        assert _name(house) == "second"
+        house.close()
+
+    asyncio.run(swap())

@@ -23,7 +23,6 @@ _ADAPTER_SHARE = 4
 """And a fourth the most that adapters take."""
 _GROWTH = 2
 """Bytes in memory for each byte of the files: they may hold 16 bits where we compute in 32."""
-_WORKING_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,14 @@ class Loader:
     """0: by the memory that is free."""
     adapter_bytes: int = 0
     """Of adapters in memory at once; 0: by the memory that is free."""
+    reserve_bytes: int = 256 << 20
+    """Left free where a model is loaded beside another."""
     running: int = Limits.running
     waiting: int = Limits.waiting
 
     def __call__(self, wanted: Wanted) -> Served:
         """Raises a TuningAPIError that says what is wrong: 404, 400, or 507 where memory ends."""
-        if not wanted.path.exists():
-            raise NotFoundError(
-                f"no model at {str(wanted.path)[:1000]!r} (no config.json there)",
-                param="model_path",
-            )
+        _refuse_absent(wanted)
         try:
             return self._load(wanted)
         except (TuningAPIError, MemoryError, RuntimeError, OSError) as error:
@@ -69,10 +66,11 @@ class Loader:
             ) from error
 
     def fits(self, wanted: Wanted) -> bool:
-        """Whether it can be loaded beside what is loaded now."""
+        """Whether it can be loaded beside what is loaded now. Raises as a load where it is none."""
+        _refuse_absent(wanted)
         folder = base_of(wanted.path) if is_adapter(wanted.path) else wanted.path
         weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        return weights * _GROWTH + _WORKING_BYTES < _free_bytes(self.device)
+        return weights * _GROWTH + self.reserve_bytes < _free_bytes(self.device)
 
     def _load(self, wanted: Wanted) -> Served:
         keep_freed_memory()
@@ -119,6 +117,15 @@ class Loader:
     @property
     def _adapter_bytes(self) -> int:
         return self.adapter_bytes or _free_bytes(self.device) // _ADAPTER_SHARE
+
+
+def _refuse_absent(wanted: Wanted) -> None:
+    """Raises NotFoundError, BadRequestError: before another model makes room for it."""
+    place = str(wanted.path)[:1000]
+    if not wanted.path.exists():
+        raise NotFoundError(f"no model at {place!r} (no config.json there)", param="model_path")
+    if not is_adapter(wanted.path) and not (wanted.path / "config.json").is_file():
+        raise BadRequestError(f"{place}: no model folder (no config.json in it)")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

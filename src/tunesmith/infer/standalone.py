@@ -132,7 +132,7 @@ def _loader(settings: Settings) -> Loader:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(settings.slots)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Loader(device=device, threads=settings.slots)
+    return Loader(device, settings.slots, reserve_bytes=settings.memory_reserve_bytes)
 
 
 def _keyring(settings: Settings) -> Keyring:
