@@ -85,6 +85,9 @@ def test_a_model_is_loaded_and_answers_without_being_named(http: httpx2.Client) 
     assert http.post("/chat", json=named).json()["model_name"] == "models/other"
     health = http.get("/health").json()
     assert (health["status"], health["model_loaded"]) == ("healthy", True)
+    lines = [line for line in http.get("/metrics").text.splitlines() if 'model="tiny"' in line]
+    tokens = [line for line in lines if "engine_completion_tokens_total" in line]
+    assert float(tokens[0].split()[-1]) >= 12
 
 
 def test_a_load_that_fails_says_why_and_the_default_stays(http: httpx2.Client) -> None:

@@ -1,5 +1,6 @@
 """How often one may ask: `10/minute`, for each key, or address where no key is shown."""
 
+import logging
 import math
 import time
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from tunesmith.errors import BadRequestError, RateLimitError
 if TYPE_CHECKING:
     from limits import RateLimitItem
 
+log = logging.getLogger(__name__)
 MEMORY = "async+memory://"
 
 
@@ -22,13 +24,16 @@ class Rates:
             return
         from limits import parse_many
         from limits.aio.strategies import MovingWindowRateLimiter
+        from limits.errors import ConfigurationError
         from limits.storage import storage_from_string
 
         try:
             self._rules = parse_many(rule)
-            more = {} if storage == MEMORY else {"implementation": "redispy"}
+            more: dict[str, str | bool] = {}
+            if storage != MEMORY:
+                more = {"implementation": "redispy", "wrap_exceptions": True}
             self._limiter = MovingWindowRateLimiter(storage_from_string(storage, **more))
-        except (ValueError, LookupError, ImportError) as error:
+        except (ConfigurationError, ValueError, LookupError, ImportError) as error:
             raise BadRequestError(
                 f"the rate limit {rule!r} (kept in {storage}) cannot be: {error}; "
                 "write it as 10/minute, or 10/minute;100/hour"
@@ -36,6 +41,16 @@ class Rates:
 
     async def spend(self, who: str) -> None:
         """Raises RateLimitError (429) with the seconds until there is room again."""
+        if not self._rules:
+            return
+        from limits.errors import StorageError
+
+        try:
+            await self._spend(who)
+        except StorageError as error:  # better served too often than not at all
+            log.error("rates cannot be counted: %s", error.storage_error)
+
+    async def _spend(self, who: str) -> None:
         for rule in self._rules:
             if not await self._limiter.hit(rule, who):
                 window = await self._limiter.get_window_stats(rule, who)
