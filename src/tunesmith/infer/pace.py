@@ -6,7 +6,7 @@ machine; here it is found while serving, since models and machines differ by ord
 
 LEAST = 8
 """Tokens, so that a prompt always moves on."""
-_STRETCH = 1.75
+_STRETCH = 1.6
 """A step with a part of a prompt in it takes at most so many times as long as one without."""
 _NEWS = 0.25
 """Weight of the last step in what is known."""

@@ -7,17 +7,19 @@ that run before those that are only kept. So attention of all that take one toke
 size and layer, and at most half of what it reads is nobody's.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tunesmith.infer.rooms import room
 
 Owner = TypeVar("Owner")
-_SPARE_TOKENS = 4096
+_SPARE_TOKENS = 1024
 """Slots are added a few at a time: as many as have so many tokens together, at most eight."""
 _SPARE_SLOTS = 8
 
@@ -100,14 +102,7 @@ class Slab(Generic[Owner]):
     def _resize(self, slots: int) -> None:
         for layers in (self.keys, self.values):
             for number, size in enumerate(self.form.sizes):
-                new = torch.zeros(
-                    slots,
-                    self.form.heads,
-                    self.room,
-                    size,
-                    dtype=self.form.dtype,
-                    device=self.form.device,
-                )
+                new = _zeros((slots, self.form.heads, self.room, size), self.form)
                 if number < len(layers):
                     held = min(slots, len(self.owners))
                     new[:held] = layers[number][:held]
@@ -172,6 +167,15 @@ class Slots(Generic[Owner]):
         slab.give(slot)
         if not slab.owners:
             del self._slabs[slab.room]
+
+
+def _zeros(shape: tuple[int, ...], form: Form) -> Tensor:
+    """On a CPU, of pages that the kernel hands out as they are first written: no step waits for a
+    whole slab to be cleared."""
+    if form.device != "cpu" or 0 in shape:
+        return torch.zeros(shape, dtype=form.dtype, device=form.device)
+    count = math.prod(shape) * form.dtype.itemsize
+    return torch.from_numpy(np.zeros(count, np.uint8)).view(form.dtype).view(shape)
 
 
 def _layers(slab: Slab[Owner]) -> Iterator[Tensor]:
