@@ -16,6 +16,7 @@ from typing import Any
 
 import serve_http as http
 import serve_model
+import serve_trained
 import serve_venvs as venvs
 from pipe import Side
 from serve_work import NEW, PROMPT, prompts
@@ -162,13 +163,24 @@ def _own(made: serve_model.Made, asked: argparse.Namespace) -> dict[str, Any]:
     if "prefix" in asked.only:
         found["prefix"] = side.ask(what="prefix", kind="int8", shared=1000, **common)
     if "agreement" in asked.only:
-        told = [
-            side.ask(what="agreement", kind=kind, rows=20, **common) for kind in ("fp32", "int8")
-        ]
-        pairs = list(zip(told[0]["likeliest"], told[1]["likeliest"], strict=True))
-        found["agreement"] = sum(one == other for one, other in pairs) / len(pairs)
+        place, rows = serve_trained.make(asked.folder / "serve", asked.threads)
+        random = prompts(20, 96, seed=11)
+        found["agreement"] = _agreement(side, place, rows, asked)
+        found["agreement, random weights"] = _agreement(side, made.model, random, asked)
     side.close()
     return found
+
+
+def _agreement(side: Side, model: Path, rows: list[list[int]], asked: argparse.Namespace) -> float:
+    """Share of places where both kinds find the same token likeliest."""
+    told = [
+        side.ask(what="agreement", kind=kind, rows=rows, model=str(model), threads=asked.threads)[
+            "likeliest"
+        ]
+        for kind in ("fp32", "int8")
+    ]
+    pairs = list(zip(*told, strict=True))
+    return sum(one == other for one, other in pairs) / len(pairs)
 
 
 def summarise(found: dict[str, Any], asked: argparse.Namespace) -> dict[str, Any]:
@@ -254,6 +266,8 @@ def _own_figures(own: dict[str, Any]) -> dict[str, float]:
             figures[f"{name} (wall)"] = round(told[one]["wall"] / told[other]["wall"], 3)
     if "agreement" in own:
         figures[agreement] = round(own["agreement"], 4)
+        random = own["agreement, random weights"]
+        print(f"the same of random weights of 110 M: {random:.3f}")
     return figures
 
 

@@ -38,7 +38,7 @@ def make(folder: Path) -> Made:
         torch.manual_seed(0)
         net = LlamaForCausalLM(_config())
         net.save_pretrained(model)
-        _tokenizer().save_pretrained(model)
+        tokenizer().save_pretrained(model)
         gguf_file.write(model, gguf, "q8_0", lambda done, total: None)
         for number, place in enumerate(adapters):
             _adapter(net, model, number).save_pretrained(place)
@@ -63,7 +63,7 @@ def _config() -> LlamaConfig:
     )
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()

@@ -35,7 +35,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _runner(asked: dict[str, Any]) -> Runner:
-    key = asked["kind"]
+    key = f"{asked['kind']} {asked['model']}"
     if key not in _open:
         keep_freed_memory()
         _open.clear()
@@ -156,7 +156,7 @@ def _agreement(asked: dict[str, Any]) -> dict[str, Any]:
     runner = _runner(asked)
     engine = _engine(runner)
     told: list[int] = []
-    for ids in prompts(asked["rows"], 96, seed=11):
+    for ids in asked["rows"]:
         reading = Reading()
         stream = Stream([Ask(ids, Sampling(max_tokens=0), read=lambda one=reading: one)])
         stream.sequences[0].emit = lambda _: None
