@@ -67,6 +67,9 @@ class Settings(BaseModel):
     engine_drain_seconds: float = Field(300, ge=0, le=600)
     """For the requests that an engine is answering when another takes its place."""
     max_engines: int = Field(2, ge=1)
+    engine_precision: Literal["auto", "fp32", "bf16", "int8", "int4"] = "auto"
+    """Of a served model's weights, where nothing else is asked for: `auto` is bf16 on a GPU, int8 on
+    a CPU that has units for it, else fp32."""
     engine_command: str = Field("", max_length=4096)
     """Starts an engine of another make for each model, in the place of ours: `/opt/vllm/bin/vllm
     serve {model} --served-model-name {name} --host {host} --port {port} --enable-lora`."""
@@ -175,9 +178,11 @@ class Settings(BaseModel):
         return self.database_url or f"sqlite:///{self.home / 'db.sqlite'}"
 
     @property
-    def precision(self) -> Literal["auto", "int8", "int4"]:
+    def precision(self) -> Literal["auto", "fp32", "bf16", "int8", "int4"]:
         """How the weights of `model_path` are kept."""
-        return "int8" if self.load_in_8bit else "int4" if self.load_in_4bit else "auto"
+        return (
+            "int8" if self.load_in_8bit else "int4" if self.load_in_4bit else self.engine_precision
+        )
 
     @property
     def slots(self) -> int:

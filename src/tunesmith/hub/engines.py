@@ -193,7 +193,7 @@ class Engines:
                 max_engines=self._settings.max_engines,
                 needs=Needs(memory_bytes=memory),
                 options={"mark": found.folder.mark},
-                precision=precision or "auto",
+                precision=precision or self._settings.engine_precision,
             )
 
         return (await self._hub.write(work)).id
