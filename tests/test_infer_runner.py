@@ -77,6 +77,20 @@ def test_greedy_ids_equal_generate_for_prompts_that_join_and_leave(
         assert sequence.generated == expected(net, prompt, sequence.sampling.max_tokens)
 
 
+def test_greedy_ids_of_200_prompts_in_one_batch_equal_generate(tmp_path: Path) -> None:
+    net = made.network("llama")
+    net.save_pretrained(tmp_path)
+    engine = engine_of(tmp_path, Limits(running=200, step_tokens=1 << 15, blocks=2000))
+    sequences = [add(engine, prompt, 6) for prompt in prompts_of(200, 120, seed=8)]
+    most = 0
+    while not engine.scheduler.is_idle:
+        engine.step()
+        most = max(most, len(engine.scheduler.running))
+    assert most == 200
+    for each in sequences:
+        assert each.generated == expected(net, each.prompt, 6)
+
+
 def test_ids_stay_equal_when_the_cache_is_too_small_for_all(tmp_path: Path) -> None:
     net = made.network("llama")
     net.save_pretrained(tmp_path)
@@ -113,6 +127,55 @@ def test_scaled_rotary_positions_equal_generate(rope: str, tmp_path: Path) -> No
     run_all(engine)
     for each in sequences:
         assert each.generated == expected(net, each.prompt, 8)
+
+
+def test_a_prompt_that_begins_like_one_before_is_answered_as_if_it_stood_alone(
+    tmp_path: Path,
+) -> None:
+    net = made.network("llama")
+    net.save_pretrained(tmp_path)
+    engine = engine_of(tmp_path, Limits())
+    shared = prompts_of(1, 200, seed=3)[0] * 3
+    first = add(engine, [*shared, 5, 6], 4)
+    run_all(engine)
+    again = [add(engine, [*shared[:cut], *ending], 6) for cut, ending in ((150, [9]), (90, [8, 7]))]
+    run_all(engine)
+    assert [each.reused for each in (first, *again)] == [0, 150, 90]
+    for each in again:
+        assert each.generated == expected(net, each.prompt, 6)
+
+
+def test_whole_numbers_answer_much_as_the_weights_do(tmp_path: Path) -> None:
+    net = made.network("qwen3", hidden_size=128, intermediate_size=256, initializer_range=0.05)
+    net.save_pretrained(tmp_path)
+    model = ServedModel(tmp_path, precision="int8")
+    engine = Engine(Runner(model), Limits())
+    sequences = [add(engine, prompt, 1) for prompt in prompts_of(40, 30, seed=6)]
+    run_all(engine)
+    with torch.inference_mode():
+        for each in sequences:
+            logits = net(torch.tensor([each.prompt])).logits[0, -1]
+            spread = logits.std()
+            assert logits[each.generated[0]] > logits.max() - 0.3 * spread
+
+
+@pytest.mark.parametrize("max_bytes", [1, 0])
+def test_adapters_that_make_way_come_back_when_they_are_asked_for(
+    max_bytes: int, tmp_path: Path
+) -> None:
+    base = made.model_folder(tmp_path / "base")
+    engine = Engine(Runner(ServedModel(base, precision="fp32", adapter_bytes=max_bytes)), Limits())
+    adapters = engine.runner.model.adapters
+    folders = [made.adapter_folder(tmp_path / str(n), base, n) for n in range(3)]
+    for folder in folders:
+        adapters.load(folder.name, folder)
+    prompt = prompts_of(1, 30)[0]
+    for folder in folders:
+        sequence = add(engine, prompt, 5)
+        sequence.adapter = adapters.key(folder.name)
+        run_all(engine)
+        assert sequence.generated == expected(merged(base, folder), prompt, 5)
+        adapters.sweep(set())
 
 
 def test_sequences_of_several_adapters_run_in_one_step(tmp_path: Path) -> None:
