@@ -13,7 +13,7 @@ from tunesmith.data import samples
 from tunesmith.nn.batch import flatten
 from tunesmith.nn.language import open_model
 
-STEPS = 300
+STEPS = 200
 BATCH, BLOCK = 8, 256
 RATE = 1e-3
 ROWS = 40
