@@ -68,8 +68,8 @@ class Settings(BaseModel):
     """For the requests that an engine is answering when another takes its place."""
     max_engines: int = Field(2, ge=1)
     engine_precision: Literal["auto", "fp32", "bf16", "int8", "int4"] = "auto"
-    """Of a served model's weights, where nothing else is asked for: `auto` is bf16 on a GPU, int8 on
-    a CPU that has units for it, else fp32."""
+    """Of a served model's weights, where nothing else is asked for: `auto` is bf16 on a GPU, int8
+    on a CPU that has units for it, else fp32."""
     engine_command: str = Field("", max_length=4096)
     """Starts an engine of another make for each model, in the place of ours: `/opt/vllm/bin/vllm
     serve {model} --served-model-name {name} --host {host} --port {port} --enable-lora`."""
