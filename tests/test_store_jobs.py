@@ -315,6 +315,27 @@ def test_a_worker_that_comes_back_before_another_claim_goes_on(ledger: Ledger) -
     check_history(ledger, job.id)
 
 
+def test_a_worker_that_comes_back_is_refused_where_its_memory_was_given_away(
+    ledger: Ledger,
+) -> None:
+    large = Needs(memory_bytes=9 << 30)
+    back = ledger.start(needs=large)
+    ledger.clock.pass_by(LEASE + 1)
+    ledger.reap()
+    other = ledger.submit(needs=large, priority=5)
+    claimed = ledger.claim()
+    assert claimed is not None
+    assert claimed.job.id == other.id
+    with pytest.raises(FencedError):
+        ledger.beat(back.id, 1)
+    assert ledger.get(back.id).state is JobState.QUEUED
+    ledger.beat(other.id, 1)
+    ledger.finish(other.id, 1, succeeded())
+    ledger.beat(back.id, 1)
+    assert ledger.get(back.id).state is JobState.RUNNING
+    check_history(ledger, back.id)
+
+
 def test_a_receipt_that_comes_after_the_lapse_counts(ledger: Ledger) -> None:
     job = ledger.start()
     ledger.clock.pass_by(LEASE + 1)

@@ -201,6 +201,7 @@ class Worker:
         def told(answer: Orders) -> None:
             orders.append(answer)
             oracle.beaten(attempt)
+            oracle.check_room(self.id, SLOTS, MEMORY)
             self._acknowledge(run, answer.accepted_n)
             asked = oracle.books[attempt.job_id].stop_asked
             if asked != (answer.stop.value if answer.stop else None):

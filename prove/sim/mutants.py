@@ -60,6 +60,12 @@ MUTANTS = (
         "rows.as_seen(row),",
     ),
     Mutant(
+        "what comes back asks for no memory",
+        "reservations",
+        "return _used(taken) + needs.memory_bytes <= most",
+        "return True",
+    ),
+    Mutant(
         "no grace after a start",
         "claims",
         ".where(is_held()).values(lease_until",

@@ -253,13 +253,14 @@ def heartbeat(
     """Extend the lease and tell what is wanted. Raises FencedError where the attempt is over.
 
     The first beat turns starting into running. After a lapse, and before another claim, a beat
-    takes the job back: it goes on as if nothing had been, unless its GPUs were given away.
+    takes the job back: it goes on as if nothing had been, unless its GPUs or its memory were given
+    away.
     """
     row = rows.lock(tx, job_id)
     attempt = _own_attempt(tx, job_id, fence, worker_id)
     lines, values = _on_beat(row)
     is_back = bool(lines) and lines[0][0] == "reattached"
-    if is_back and not reservations.are_free(tx, worker_id, attempt["gpus"]):
+    if is_back and not reservations.can_return(tx, worker_id, _needs(row), attempt["gpus"]):
         raise rows.fenced(job_id, fence)
     beaten = rows.change(
         tx,
@@ -273,9 +274,12 @@ def heartbeat(
     if beaten is None:
         raise rows.fenced(job_id, fence)
     if is_back:
-        needs = Needs(gpus=row["needs_gpus"], memory_bytes=row["needs_memory_bytes"])
-        reservations.reserve(tx, worker_id, f"job:{job_id}", needs, attempt["gpus"])
+        reservations.reserve(tx, worker_id, f"job:{job_id}", _needs(row), attempt["gpus"])
     return _orders(tx, beaten, lease_seconds, attempt["last_n"])
+
+
+def _needs(row: RowMapping) -> Needs:
+    return Needs(gpus=row["needs_gpus"], memory_bytes=row["needs_memory_bytes"])
 
 
 def _on_beat(row: RowMapping) -> tuple[list[rows.Line], dict[str, object]]:

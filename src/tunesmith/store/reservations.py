@@ -1,6 +1,6 @@
 """Which devices of a worker are taken, by attempts and engines alike."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import bindparam, insert, select
@@ -8,7 +8,7 @@ from sqlalchemy.engine import Connection
 
 from tunesmith.spec.hands import Capacity
 from tunesmith.spec.records import Needs
-from tunesmith.store.tables import reservations
+from tunesmith.store.tables import reservations, workers
 
 _TAKEN = select(reservations.c.device, reservations.c.memory_bytes).where(
     reservations.c.worker_id == bindparam("by")
@@ -31,11 +31,10 @@ class Room:
 def room(tx: Connection, worker_id: str, capacity: Capacity) -> Room:
     taken = dict(tx.execute(_TAKEN, {"by": worker_id}).tuples().all())
     slots = sum(device.startswith("cpu:job:") for device in taken)
-    used_bytes = sum(size for device, size in taken.items() if device.startswith("cpu:"))
     return Room(
         slots=max(0, min(capacity.slots, capacity.max_slots - slots)),
         gpus=tuple(index for index in capacity.gpus if f"gpu:{index}" not in taken),
-        memory_bytes=max(0, min(capacity.memory_bytes, capacity.max_memory_bytes - used_bytes)),
+        memory_bytes=max(0, min(capacity.memory_bytes, capacity.max_memory_bytes - _used(taken))),
     )
 
 
@@ -59,13 +58,21 @@ def reserve(tx: Connection, worker_id: str, holder: str, needs: Needs, gpus: Seq
     )
 
 
-def are_free(tx: Connection, worker_id: str, gpus: Sequence[int]) -> bool:
-    """Whether nobody holds any of these GPUs."""
-    taken = select(reservations.c.device).where(
-        reservations.c.worker_id == worker_id,
-        reservations.c.device.in_([f"gpu:{index}" for index in gpus]),
-    )
-    return not gpus or tx.scalar(taken.limit(1)) is None
+def can_return(tx: Connection, worker_id: str, needs: Needs, gpus: Sequence[int]) -> bool:
+    """Whether what was lost there may have its devices again: nobody holds any of them, and the
+    memory is not given away. The worker's row is locked, as by a claim."""
+    known = select(workers.c.capacity).where(workers.c.id == worker_id).with_for_update()
+    capacity = tx.scalar(known)
+    taken = dict(tx.execute(_TAKEN, {"by": worker_id}).tuples().all())
+    if gpus or capacity is None:
+        return not any(f"gpu:{index}" in taken for index in gpus)
+    most = Capacity.model_validate(capacity).max_memory_bytes
+    return _used(taken) + needs.memory_bytes <= most
+
+
+def _used(taken: Mapping[str, int]) -> int:
+    """Bytes of host memory that are reserved."""
+    return sum(size for device, size in taken.items() if device.startswith("cpu:"))
 
 
 def fits_at_most(needs: Needs, capacity: Capacity) -> bool:
