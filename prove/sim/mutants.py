@@ -193,7 +193,7 @@ MUTANTS = (
     Mutant(
         "memory is given out twice",
         "reservations",
-        "capacity.max_memory_bytes - used_bytes",
+        "capacity.max_memory_bytes - _used(taken)",
         "capacity.max_memory_bytes",
     ),
     Mutant(
