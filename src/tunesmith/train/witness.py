@@ -45,8 +45,17 @@ class Witness:
     """Of what an adapter stands on, as it was opened."""
 
     def write(self, place: Path, saved: Path, model: str = ".") -> None:
-        """To `place`, of what was just saved in a folder, which is the artifact's `model`."""
+        """To `place`, of what was just saved in a folder, which is the artifact's `model`.
+
+        A training that is not over goes on as if nothing had been asked.
+        """
         self.model.eval()
+        try:
+            self._write(place, saved, model)
+        finally:
+            self.model.train()
+
+    def _write(self, place: Path, saved: Path, model: str) -> None:
         is_adapter = (saved / "adapter_config.json").exists()
         facts = dict(self.base_facts) | adapter_facts(saved) if is_adapter else facts_of(saved)
         witnessed = Witnessed(
