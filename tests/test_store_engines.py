@@ -119,7 +119,9 @@ def test_engines_and_jobs_share_no_gpu(ledger: Ledger) -> None:
 
 def test_an_engine_takes_a_gpu_that_is_free_and_else_none(ledger: Ledger) -> None:
     """Where it may."""
-    first, second = want(ledger, "/a"), want(ledger, "/b")
+    first = want(ledger, "/a")
+    ledger.clock.pass_by(1)
+    second = want(ledger, "/b")
     asked = new_ask("w1", "e", gpus=(0,))
     ledger.write(lambda tx: engines.orders(tx, asked, max_engines=2, may_take_gpu=True))
     assert [get(ledger, one.id).gpus for one in (first, second)] == [(0,), ()]
