@@ -37,8 +37,9 @@ def make(folder: Path, threads: int) -> tuple[Path, list[list[int]]]:
 def _train(place: Path, blocks: list[list[int]], threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    LlamaForCausalLM(_config()).save_pretrained(place)
-    model = open_model(str(place), lora=None)
+    new = place.with_name("untrained")
+    LlamaForCausalLM(_config()).save_pretrained(new)
+    model = open_model(str(new), lora=None)
     parameters = list(model.trainable().values())
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)

@@ -12,7 +12,7 @@ from tunesmith.nn.batch import flatten
 from tunesmith.nn.cross_entropy import linear_cross_entropy_sum
 from tunesmith.nn.kernels import EAGER, compiled
 from tunesmith.nn.matmul import product
-from tunesmith.nn.packed import can_int8, pack
+from tunesmith.nn.packed import pack
 from tunesmith.nn.rows import last_rows
 
 BOUNDS = (0, 5, 130, 131, 400, 460, 700, 2000)
@@ -159,8 +159,6 @@ def test_compiled_arithmetic_is_the_eager_one() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_a_weight_that_lies_transposed_is_packed_as_it_reads(precision):
     """GPT-2 keeps its weights so."""
-    if precision == "int8" and not can_int8():
-        pytest.skip("no units for int8 here")
     torch.manual_seed(0)
     weight_KN, x_TK = torch.randn(64, 48), torch.randn(5, 64)
     found = pack(weight_KN.T, None, precision).product(x_TK)

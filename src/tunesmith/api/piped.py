@@ -6,18 +6,9 @@ connection itself. A client that takes nothing stops the reading from the engine
 
 import asyncio
 
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tunesmith.api.stream import (
-    HIGH_WATER_BYTES,
-    SEND_SECONDS,
-    EventStream,
-    abort,
-    bound,
-    transport_of,
-    until_gone,
-)
+from tunesmith.api.stream import HIGH_WATER_BYTES, SEND_SECONDS, EventStream, transport_of
 from tunesmith.hub.answers import LOST, Answer
 from tunesmith.hub.hop import HopError
 
@@ -26,39 +17,25 @@ _LOOK_SECONDS = 0.02
 _ENDED = {"type": "http.response.body", "body": b"", "more_body": False}
 
 
-class Piped(Response):
-    media_type = "text/event-stream"
-
+class Piped(EventStream):
     def __init__(self, answer: Answer, send_seconds: float = SEND_SECONDS) -> None:
+        super().__init__(answer.parts(), answer.close, send_seconds)
         self._answer = answer
-        self._send_seconds = send_seconds
-        self.status_code = 200
-        self.background = None
-        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._connection: asyncio.Transport | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = self._answer
-        transport = transport_of(scope)
-        if transport is None or scope["http_version"] != "1.1":
-            stream = EventStream(answer.parts(), answer.close, self._send_seconds)
-            await stream(scope, receive, send)
+        if scope["http_version"] == "1.1":
+            self._connection = transport_of(scope)
+        await super().__call__(scope, receive, send)
+
+    async def _send_all(self, send: Send) -> None:
+        if self._connection is None:
+            await super()._send_all(send)
             return
-        serving = asyncio.current_task()
-        assert serving is not None
-        bound(scope, self._send_seconds)
-        leaving = asyncio.create_task(until_gone(receive))
-        leaving.add_done_callback(lambda left: None if left.cancelled() else serving.cancel())
         try:
-            await self._pump(transport, send)
-        except TimeoutError:
-            await abort(scope)
-        except asyncio.CancelledError:
-            if not leaving.done() or serving.uncancel():  # someone else's cancelling
-                raise
+            await self._pump(self._connection, send)
         finally:
-            leaving.cancel()
-            answer.wire.pour(None)
-            await answer.close()
+            self._answer.wire.pour(None)
 
     async def _pump(self, transport: asyncio.Transport, send: Send) -> None:
         """Raises TimeoutError where the client takes nothing."""
