@@ -115,7 +115,7 @@ def _over_http(
     python: str | None,
     asked: argparse.Namespace,
 ) -> None:
-    commands = {"ours": (http.ours(made.model, "int8"), "bench", 8)}
+    commands = {"ours": (http.ours(made.model, "int8", asked.threads), "bench", 8)}
     if python is not None:
         plain = http.theirs(python, made.model, is_continuous=False)
         continuous = http.theirs(python, made.model, is_continuous=True)

@@ -107,9 +107,10 @@ def _cpu(process: psutil.Process) -> float:
     return sum(sum(one.cpu_times()[:2]) for one in family)
 
 
-def ours(model: Path, precision: str) -> list[str]:
+def ours(model: Path, precision: str, threads: int) -> list[str]:
     command = [sys.executable, "-m", "tunesmith.infer.server", "--model", str(model)]
-    return [*command, "--model-name", "bench", "--port", "{port}", "--precision", precision]
+    command += ["--model-name", "bench", "--port", "{port}"]
+    return [*command, "--precision", precision, "--threads", str(threads)]
 
 
 def theirs(python: str, model: Path, *, is_continuous: bool) -> list[str]:

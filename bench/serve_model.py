@@ -78,6 +78,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=made,
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
+        bos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
         chat_template=TEMPLATE,
     )
 

@@ -1,6 +1,5 @@
 """The engine without its HTTP: what `bench/serve.py` compares with peers in their own processes."""
 
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from pipe import answer_all
-from serve_work import NEW, prompts
+from serve_work import NEW, peak_mb, prompts
 from tunesmith.infer.engine import Ask, Engine, Stream
 from tunesmith.infer.loading import Loader, Wanted
 from tunesmith.infer.model import ServedModel
@@ -31,7 +30,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
         "prefix": _prefix,
         "agreement": _agreement,
     }[asked["what"]](asked)
-    return {**found, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {**found, "peak_mb": peak_mb()}
 
 
 def _runner(asked: dict[str, Any]) -> Runner:

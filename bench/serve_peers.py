@@ -1,7 +1,6 @@
 """Peers of the engine, each in the environment that `bench/serve_venvs.py` made for it."""
 
 import os
-import resource
 import sys
 import threading
 import time
@@ -11,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pipe import answer_all
-from serve_work import NEW, PROMPT, prompts
+from serve_work import NEW, PROMPT, peak_mb, prompts
 
 Generate = Callable[[list[list[int]]], int]
 """Answers all prompts, and returns how many tokens came."""
@@ -31,7 +30,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
         "tokens": tokens,
         "wall": time.perf_counter() - began,
         "cpu": time.process_time() - spent,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mb": peak_mb(),
     }
 
 

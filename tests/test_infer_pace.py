@@ -20,8 +20,11 @@ def test_it_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_before_anything_is_known_it_is_what_was_said() -> None:
-    assert Pace(64, 256).tokens() == 64
+def test_before_anything_is_known_a_step_is_tried_with_next_to_no_prompt_in_it() -> None:
+    pace = Pace(64, 256)
+    assert pace.tokens() == LEAST
+    pace.note(LEAST, 0.04)
+    assert pace.tokens() == 64
 
 
 def test_a_step_with_a_part_of_a_prompt_takes_less_than_twice_as_long() -> None:

@@ -162,13 +162,16 @@ class Scheduler:
         return chunks
 
     def _budget(self, decoding: int) -> int:
-        """Prompt tokens of the next step. The more prompts there are for each that waits for a next
-        token, the more it is in the interest of all to read on."""
+        """Prompt tokens of the next step. The more prompts there are beside those that wait for a
+        next token, the more it is in the interest of all to read on: a step that reads little costs
+        nearly as much as one that reads more."""
         if not decoding:
             return self.limits.step_tokens
         reading = len(self.waiting) + sum(each.pending > 1 for each in self.running)
-        shared = self.mixed_tokens * reading // decoding
-        return max(self.mixed_tokens, min(shared, self.limits.step_tokens))
+        most = self.limits.step_tokens
+        if reading > 1:
+            return max(self.mixed_tokens, most * reading // (reading + decoding))
+        return min(self.mixed_tokens, most)
 
     def finish(self, sequence: Sequence) -> None:
         """Give back the place of a sequence that has ended; its room is kept while it may serve a

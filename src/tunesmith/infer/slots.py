@@ -19,9 +19,6 @@ from torch import Tensor
 from tunesmith.infer.rooms import room
 
 Owner = TypeVar("Owner")
-_SPARE_TOKENS = 1024
-"""Slots are added a few at a time: as many as have so many tokens together, at most eight."""
-_SPARE_SLOTS = 8
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Slab(Generic[Owner]):
     def take(self, owner: Owner) -> int:
         """A slot among the running ones."""
         if not self.keys or len(self.owners) == self.keys[0].shape[0]:
-            self._resize(len(self.owners) + self._spare)
+            self._resize(max(1, 2 * len(self.owners)))
         self.places[owner] = len(self.owners)
         self.owners.append(owner)
         self.lengths[owner] = 0
@@ -80,12 +77,8 @@ class Slab(Generic[Owner]):
         self._swap(slot, len(self.owners) - 1)
         gone = self.owners.pop()
         del self.lengths[gone], self.places[gone]
-        if self.keys[0].shape[0] - len(self.owners) >= 2 * self._spare or not self.owners:
-            self._resize(len(self.owners))
-
-    @property
-    def _spare(self) -> int:
-        return max(1, min(_SPARE_SLOTS, _SPARE_TOKENS // self.room))
+        if 4 * len(self.owners) <= self.keys[0].shape[0]:
+            self._resize(2 * len(self.owners))
 
     def _swap(self, one: int, other: int) -> None:
         if one == other:
@@ -100,6 +93,8 @@ class Slab(Generic[Owner]):
             layer[other, :, here] = held
 
     def _resize(self, slots: int) -> None:
+        """To twice what is held, so that little is copied in all. What nobody has written
+        in yet takes no memory: see `_zeros`."""
         for layers in (self.keys, self.values):
             for number, size in enumerate(self.form.sizes):
                 new = _zeros((slots, self.form.heads, self.room, size), self.form)
